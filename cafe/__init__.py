@@ -1,0 +1,1 @@
+"""CAFE, coarse-to-fine sparse sequential recommendation: data, models, training, evaluation, recommendation."""

@@ -1,0 +1,1 @@
+"""Ops and modules of CAFE that know nothing of recommender data."""

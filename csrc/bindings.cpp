@@ -1,0 +1,11 @@
+// The Python module cafe_kernels._C: one register function per op, each defined beside the op it binds.
+#include <pybind11/pybind11.h>
+
+namespace cafe {
+void register_sampler(pybind11::module_&);
+}
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "C++ kernels of cafe_kernels. Use the functions of cafe_kernels, which check and explain their inputs.";
+    cafe::register_sampler(m);
+}
