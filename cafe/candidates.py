@@ -3,9 +3,12 @@
 The users of a split are put in one shuffled order and the negatives drawn along it, so the first `max_users` of them
 are a random sample of the users, and each has the negatives she has when everybody is evaluated.
 
-Negatives: popularity (training count) decides, without replacement, outside the user's WHOLE history, both held-out
-items included. An item that training never saw is never a negative. (The paper's released code counts the held-out
-items as popularity too; training counts keep the answers out of what decides the candidates.)
+Negatives are drawn by popularity, without replacement, outside the user's WHOLE history, both held-out items included.
+Popularity is how often training has an item (`train`), or how often all interactions have it, held-out ones included
+(`all`, as in the paper's released code). Either way an item of count 0 is never a negative, and both favour a model
+that ranks rare items first, because answers are rarer than negatives. With `train` this is extreme on sparse data: an
+item that training never saw can only be the answer. Where many answers are such (bucket "0" of the breakdown), read
+`full` first, which has no such bias.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from numpy.typing import NDArray
 from cafe.data.dataset import Dataset, Sequences
 
 PROTOCOLS = ("aligned", "full", "authors")
+POPULARITIES = ("train", "all")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +61,18 @@ def draw_candidates(
     num_negatives: int = 100,
     seed: int = 0,
     max_users: int | None = None,
+    popularity: str = "train",
 ) -> Candidates:
     """The candidates of a protocol (see `cafe.evaluate.evaluate`).
 
     Raises:
-        ValueError: an unknown protocol or split, no user to evaluate, counts below 1, or for `authors` fewer than
-            three intents.
+        ValueError: an unknown protocol, split or popularity, no user to evaluate, counts below 1, or for `authors`
+            fewer than three intents.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
+    if popularity not in POPULARITIES:
+        raise ValueError(f"popularity {popularity!r}: expected one of {', '.join(POPULARITIES)}")
     if num_negatives < 1:
         raise ValueError(f"num_negatives must be at least 1, got {num_negatives}")
     if max_users is not None and max_users < 1:
@@ -79,8 +86,9 @@ def draw_candidates(
     if protocol == "full":
         return Candidates(rows[order], None, None)
 
+    interactions = dataset.train() if popularity == "train" else dataset.sequences
     negatives = draw_negatives(
-        dataset.train_counts(),
+        np.bincount(interactions.items, minlength=dataset.num_items),
         dataset.sorted_histories(),
         holdout.users[rows],
         num_negatives,

@@ -59,6 +59,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 256,
     max_users: int | None = None,
+    popularity: str = "train",
     progress: Callable[[int, int], None] | None = None,
     memory_bytes: int = 1 << 30,
     name: str | None = None,
@@ -66,8 +67,8 @@ def evaluate(
 ) -> Evaluation:
     """Ranks every user's held-out item.
 
-    Users, candidates and their intents depend on (dataset, split, protocol, num_negatives, seed) only, never on the
-    model or the batch size, and the first `max_users` of them have the candidates they have in the whole evaluation.
+    Users, candidates and their intents never depend on the model or the batch size, only on the dataset and the other
+    arguments; `max_users` users have the candidates that they have in the evaluation of everybody.
 
     Args:
         model: see `Model`; a torch module is put in eval mode meanwhile and scored where its parameters are.
@@ -76,11 +77,13 @@ def evaluate(
         num_negatives: for `aligned` and `authors`. Where a small catalog has fewer left, all of them are taken.
         batch_size: users scored at once; `full` takes fewer where `memory_bytes` would not hold their scores.
         max_users: evaluate a random sample of this many users.
+        popularity: what the negatives are drawn by, `train` or `all` interactions; cafe.candidates says what it does.
         progress: called with (users done, users in all) after each batch.
         name, preset: how to call the model in reports; by default its class and its `config.preset`, if any.
 
     Raises:
-        ValueError: an unknown split or protocol, nobody to evaluate, scores of another shape, or a NaN among them.
+        ValueError: an unknown split, protocol or popularity, nobody to evaluate, scores of another shape, or a NaN
+            among them.
 
     Example:
         >>> import polars as pl
@@ -99,7 +102,7 @@ def evaluate(
         >>> result.values("mrr").tolist()  # bo's item 1 comes second, after 2: 3 is excluded, she has had it
         [1.0, 0.5]
     """
-    candidates = draw_candidates(dataset, split, protocol, num_negatives, seed, max_users)
+    candidates = draw_candidates(dataset, split, protocol, num_negatives, seed, max_users, popularity)
     holdout = dataset.holdout(split)
     rows = candidates.rows
     if protocol == "full":
@@ -131,6 +134,7 @@ def evaluate(
         candidates=candidates.digest,
         num_negatives=None if protocol == "full" else num_negatives,
         short=candidates.short,
+        popularity=None if protocol == "full" else popularity,
         seed=seed,
         users=holdout.users[rows],
         history_length=holdout.histories.lengths[rows],
@@ -199,7 +203,8 @@ def count_above(scores: Tensor, answer: Tensor, skip_rows: Tensor, skip_columns:
     if bad.any():
         raise ValueError(f"the model gave NaN scores to {int(bad.sum())} of {len(bad)} users of a batch: cannot rank")
     own = scores.gather(1, answer[:, None])
-    above, like = (scores > own).sum(dim=1), (scores == own).sum(dim=1) - 1
+    above, like = (relation.sum(dim=1, dtype=torch.int32).long() for relation in (scores > own, scores == own))
+    like -= 1  # the answer itself
     skipped, skipped_own = scores[skip_rows, skip_columns], own[skip_rows, 0]
     above.index_add_(0, skip_rows, (skipped > skipped_own).long(), alpha=-1)
     like.index_add_(0, skip_rows, (skipped == skipped_own).long(), alpha=-1)

@@ -24,7 +24,15 @@ from cafe.metrics import METRICS, Floats, bootstrap_means, expected_metric, inte
 
 FORMAT = "cafe-evaluation"
 VERSION = 1
-SAME = ("dataset", "split", "protocol", "num_negatives", "seed", "candidates")  # or two evaluations cannot be compared
+SAME = (
+    "dataset",
+    "split",
+    "protocol",
+    "num_negatives",
+    "popularity",
+    "seed",
+    "candidates",
+)  # or two evaluations cannot be compared
 BUCKETS = {  # lowest value of each bucket and its name; the last is open
     "train_frequency": {0: "0", 1: "1", 2: "2-4", 5: "5-19", 20: "20+"},
     "history_length": {0: "0-2", 3: "3-4", 5: "5-9", 10: "10-19", 20: "20-49", 50: "50+"},
@@ -37,7 +45,7 @@ class Evaluation:
 
     Attributes:
         model, preset: names for reports.
-        protocol, split, seed, num_negatives: as given to `evaluate` (num_negatives None for the whole catalog).
+        protocol, split, seed, num_negatives, popularity: as given to `evaluate`; the last two None for `full`.
         dataset: the dataset's fingerprint.
         candidates: a hash of the users, the candidates and their intents.
         short: how many users had fewer negatives than `num_negatives`, the catalog having no more.
@@ -53,6 +61,7 @@ class Evaluation:
     split: str
     seed: int
     num_negatives: int | None
+    popularity: str | None
     dataset: str
     candidates: str
     short: int
@@ -85,9 +94,9 @@ class Evaluation:
     def summary(self, resamples: int = 1000) -> dict[str, Any]:
         """Everything reported, ready for JSON: metrics and intervals of both scores, and breakdowns of the headline.
 
-        Keys: model, preset, protocol, split, users, negatives, users_with_fewer_negatives, seed, score, metrics, ci,
-        item_score {metrics, ci}, buckets {train_frequency, history_length: {bucket: {users, metrics, ci}}}. A
-        bucket nobody is in has users 0 and no metrics.
+        Keys: model, preset, protocol, split, users, negatives, popularity, users_with_fewer_negatives, seed, score,
+        metrics, ci, item_score {metrics, ci}, buckets {train_frequency, history_length: {bucket: {users, metrics,
+        ci}}}. A bucket nobody is in has users 0 and no metrics.
         """
         headline, item = self._table(self.headline), self._table("item")
         return {
@@ -97,6 +106,7 @@ class Evaluation:
             "split": self.split,
             "users": len(self.users),
             "negatives": self.num_negatives,
+            "popularity": self.popularity,
             "users_with_fewer_negatives": self.short,
             "seed": self.seed,
             "score": self.headline,

@@ -183,6 +183,19 @@ def test_shared_intents_show_the_artefact():
     assert aligned < 0.3
 
 
+def test_sampled_negatives_favour_unseen_items_and_full_does_not():
+    """The known bias of popularity-drawn negatives: a model that knows only which items training never saw."""
+    rng = np.random.default_rng(0)
+    rows = [np.append(rng.choice(150, 5, replace=False), 150 + user) for user in range(250)]  # each answer is new
+    dataset = make_dataset(rows, 400)
+    unseen = torch.from_numpy(dataset.train_counts() == 0).float()
+    model = Fake(dataset, lambda h: unseen.expand(len(h), 400))
+    train, everything = (evaluate(model, dataset, popularity=p).mean("ndcg@5") for p in ("train", "all"))
+    assert train == 1
+    assert everything < 0.4
+    assert evaluate(model, dataset, protocol="full").mean("ndcg@5") < 0.02
+
+
 # Candidates
 
 
@@ -322,6 +335,7 @@ def test_infinite_scores_rank_as_they_should():
         ({"split": "train"}, "expected 'valid' or 'test'"),
         ({"num_negatives": 0}, "num_negatives"),
         ({"max_users": 0}, "max_users"),
+        ({"popularity": "test"}, "expected one of train, all"),
     ],
 )
 def test_bad_arguments_are_refused(dataset, arguments, message):
@@ -505,6 +519,7 @@ def test_compare_has_no_ratio_to_nothing(evaluations):
         ({"protocol": "full"}, "protocol"),
         ({"num_negatives": 50}, "num_negatives"),
         ({"seed": 1}, "seed"),
+        ({"popularity": "all"}, "popularity"),
         ({"max_users": 100}, "candidates"),
     ],
 )
