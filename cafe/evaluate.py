@@ -153,13 +153,12 @@ def _count_batch(
     history = holdout.histories.take(rows, last=model.config.max_len)
     items = torch.from_numpy(history.items.astype(np.int64)).to(device)
     cu_seqlens = torch.from_numpy(history.indptr.astype(np.int32)).to(device)
-    shape: tuple[int, ...]
     if candidates.items is None or candidates.intents is None:
         item, intent = model.score(items, cu_seqlens)
+        _check_shapes(item, intent, (len(rows), dataset.num_items), (len(rows), dataset.num_intents))
         columns = holdout.answers[rows].astype(np.int64)
         skip_rows, skip_columns = _seen(holdout, rows, dataset.num_items)
         own_intent = torch.from_numpy(dataset.item_intent.astype(np.int64)).to(device)
-        shape = (len(rows), dataset.num_items)
         if intent is not None:
             intent = intent[:, own_intent]
     else:
@@ -170,10 +169,7 @@ def _count_batch(
             for array in (candidates.items[batch], candidates.intents[batch])
         )
         item, intent = model.score(items, cu_seqlens, candidates=ids, candidate_intents=intents)
-        shape = tuple(ids.shape)
-    for kind, logits in (("item", item), ("intent", intent)):
-        if logits is not None and logits.shape != shape:
-            raise ValueError(f"the {kind} scores have shape {tuple(logits.shape)}, expected {shape}")
+        _check_shapes(item, intent, tuple(ids.shape), tuple(ids.shape))
     item = item.float()
     scores = {"item": item}
     if intent is not None:
@@ -219,6 +215,12 @@ def _seen(holdout: Holdout, rows: np.ndarray, num_items: int) -> tuple[np.ndarra
     other = seen != holdout.answers[rows][users]
     pairs = np.unique(users[other] * num_items + seen[other])
     return np.divmod(pairs, num_items)
+
+
+def _check_shapes(item: Tensor, intent: Tensor | None, *expected: tuple[int, ...]) -> None:
+    for kind, logits, shape in zip(("item", "intent"), (item, intent), expected, strict=True):
+        if logits is not None and logits.shape != shape:
+            raise ValueError(f"the {kind} scores have shape {tuple(logits.shape)}, expected {shape}")
 
 
 def _device(model: Model) -> torch.device:

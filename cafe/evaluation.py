@@ -95,8 +95,9 @@ class Evaluation:
         """Everything reported, ready for JSON: metrics and intervals of both scores, and breakdowns of the headline.
 
         Keys: model, preset, protocol, split, users, negatives, popularity, users_with_fewer_negatives, seed, score,
-        metrics, ci, item_score {metrics, ci}, buckets {train_frequency, history_length: {bucket: {users, metrics,
-        ci}}}. A bucket nobody is in has users 0 and no metrics.
+        tied (the share of users whose answer shares its score), metrics, ci, item_score {metrics, ci}, buckets
+        {train_frequency, history_length: {bucket: {users, metrics, ci}}}. A bucket nobody is in has users 0 and no
+        metrics.
         """
         headline, item = self._table(self.headline), self._table("item")
         return {
@@ -110,6 +111,7 @@ class Evaluation:
             "users_with_fewer_negatives": self.short,
             "seed": self.seed,
             "score": self.headline,
+            "tied": float((self.equal[self.headline] > 0).mean()),
             **_means(headline, resamples),
             "item_score": _means(item, resamples),
             "buckets": {

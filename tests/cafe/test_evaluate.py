@@ -349,6 +349,8 @@ def test_nobody_to_evaluate_wrong_shapes_and_too_few_intents_are_refused(dataset
         evaluate(constant(short), short)
     with pytest.raises(ValueError, match=r"item scores have shape \(\d+, 3\)"):
         evaluate(Fake(dataset, lambda h: torch.zeros(len(h), 3)), dataset, protocol="full")
+    with pytest.raises(ValueError, match=r"intent scores have shape \(\d+, 9\)"):
+        evaluate(Fake(dataset, constant(dataset).item, lambda h: torch.zeros(len(h), 9)), dataset, protocol="full")
     two = make_dataset([[0, 1, 2, 3]], intents=[0, 1, 0, 1])
     with pytest.raises(ValueError, match="at least 3 intents"):
         evaluate(constant(two), two, protocol="authors")
@@ -401,6 +403,8 @@ def test_summary_has_the_documented_shape_and_is_json(evaluations):
     summary = json.loads(json.dumps(evaluations[0].summary(resamples=50), allow_nan=False))
     assert summary["model"] == "a"
     assert summary["protocol"] == "aligned"
+    assert summary["tied"] == 0
+    assert evaluations[2].summary(resamples=2)["tied"] == 1
     assert summary["users"] == len(evaluations[0].users)
     for part in (summary, summary["item_score"]):
         assert set(part["metrics"]) == set(part["ci"]) == set(METRICS)
