@@ -61,7 +61,7 @@ def draw_candidates(
     num_negatives: int = 100,
     seed: int = 0,
     max_users: int | None = None,
-    popularity: str = "train",
+    popularity: str = "all",
 ) -> Candidates:
     """The candidates of a protocol (see `cafe.evaluate.evaluate`).
 

@@ -59,7 +59,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 256,
     max_users: int | None = None,
-    popularity: str = "train",
+    popularity: str = "all",
     progress: Callable[[int, int], None] | None = None,
     memory_bytes: int = 1 << 30,
     name: str | None = None,

@@ -54,12 +54,21 @@ def distance_attention(
         )
     if cu_seqlens is None:
         if q.dim() != 4:
-            raise ValueError(f"without cu_seqlens q must be (B, H, N, D), got {tuple(q.shape)}; packed tokens need cu_seqlens")
+            raise ValueError(
+                f"without cu_seqlens q must be (B, H, N, D), got {tuple(q.shape)}; packed tokens need cu_seqlens"
+            )
         batch, _, length, _ = q.shape
         packed = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
         out = distance_attention(
-            *packed, log_theta, cu_seqlens, max_seqlen=length, scale=scale, dropout_p=dropout_p, seed=seed, offset=offset
+            *packed,
+            log_theta,
+            cu_seqlens,
+            max_seqlen=length,
+            scale=scale,
+            dropout_p=dropout_p,
+            seed=seed,
+            offset=offset,
         )
         return out.unflatten(0, (batch, length)).transpose(1, 2)
 
@@ -79,7 +88,9 @@ def distance_attention(
         if log_theta.dim() != 2 or log_theta.shape[0] != q.shape[1]:
             raise ValueError(f"log_theta must be (H={q.shape[1]}, n_max), got {tuple(log_theta.shape)}")
         if log_theta.shape[1] < longest:
-            raise ValueError(f"a sequence has {longest} tokens but log_theta covers distances below {log_theta.shape[1]}")
+            raise ValueError(
+                f"a sequence has {longest} tokens but log_theta covers distances below {log_theta.shape[1]}"
+            )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p and seed is None:
@@ -87,5 +98,14 @@ def distance_attention(
     if len(q) == 0:
         return torch.zeros_like(v)
     return reference.distance_attention(
-        q, k, v, log_theta, cu_seqlens, max_seqlen, q.shape[-1] ** -0.5 if scale is None else scale, dropout_p, seed or 0, offset
+        q,
+        k,
+        v,
+        log_theta,
+        cu_seqlens,
+        max_seqlen,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        dropout_p,
+        seed or 0,
+        offset,
     )

@@ -1,0 +1,124 @@
+"""One typed, validated set of choices per run: the model, its objective and its training. Stored with the run as config.json.
+
+Where the paper and its released code differ, the field's default is the paper's reading and the other value is the code's.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args, get_origin
+
+Model = Literal["cafe", "sasrec", "poprec"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every choice of a run. `Config.preset("cafe", "best", epochs=10)` starts from a preset."""
+
+    model: Model = "cafe"
+    preset: str = "paper"
+    # Encoders
+    dim: int = 128  # d, width of embeddings and encoders
+    heads: int = 1  # M
+    layers: int = 2
+    max_len: int = 50  # n, how many of the newest items of a history are read
+    dropout: float = 0.3
+    block: Literal["pre_norm", "query_norm"] = "pre_norm"  # code: LayerNorm and residual on the query only
+    attention_bias: bool = False  # code: True. Eq. 3 has matrices only
+    score_scale: Literal["sqrt_d", "sqrt_head_dim"] = "sqrt_d"  # Eq. 5; code: sqrt(d / M)
+    scale_embeddings: bool = False  # code: item embeddings times sqrt(d). Eq. 1 has none
+    init_std: float = 0.02  # of embeddings and positions
+    # The distance mask of the item encoder
+    distance_mask: bool = True  # code: its training script runs with the local heads off (theta = 1)
+    mask_reads: Literal["keys", "values"] = "keys"  # Eq. 6; code: values
+    qk_positions: bool = False  # code: position embeddings are added to queries and keys again
+    # Items and intents
+    compose_items: bool = False  # item embedding = its own + one of its intent
+    join: Literal["log_sigmoid", "log_softmax", "sum"] = "log_sigmoid"  # Eq. 10; code: sum of raw logits
+    calibrate: bool = False  # weight of the intent in the joint score, fitted on validation (1 otherwise)
+    # Objective
+    loss: Literal["bce", "softmax"] = "bce"  # Eq. 9, or sampled softmax with log-Q correction
+    negatives: int = 1
+    negatives_shared: Literal["token", "batch"] = "token"  # who shares a draw of negatives
+    negatives_alpha: float = 0.0  # negatives are drawn by popularity^alpha; 0 is uniform
+    intent_loss: Literal["bce", "softmax"] = "bce"  # Eq. 9 with one negative, or the full softmax over intents
+    # Training
+    batch_size: int = 64  # sequences a step
+    lr: float = 1e-3
+    weight_decay: float = 0.0  # decoupled
+    epochs: int = 100
+    patience: int = 5  # validations without a better one before stopping
+    valid_every: int = 1  # epochs between validations
+    valid_protocol: Literal["aligned", "full"] = "aligned"
+    valid_users: int = 10_000  # validate on at most so many users
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), field.type
+            if kind is float and type(value) is int:
+                object.__setattr__(self, field.name, float(value))
+                continue
+            if get_origin(kind) is Literal:
+                if value not in get_args(kind):
+                    raise ValueError(f"{field.name}={value!r}: expected one of {', '.join(map(repr, get_args(kind)))}")
+            elif type(value) is not kind:
+                raise ValueError(f"{field.name}={value!r}: expected a value of type {kind.__name__}")  # type: ignore[union-attr]
+        positive = (
+            "dim",
+            "heads",
+            "layers",
+            "max_len",
+            "negatives",
+            "batch_size",
+            "epochs",
+            "patience",
+            "valid_every",
+            "valid_users",
+        )
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.dim % self.heads:
+            raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: expected a share in [0, 1)")
+        if not (0 < self.lr < float("inf") and self.init_std > 0 and self.weight_decay >= 0):
+            raise ValueError(
+                f"lr={self.lr}, init_std={self.init_std}, weight_decay={self.weight_decay}: expected positive numbers"
+            )
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(map(repr, PRESETS))}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed}: expected 0 to 2^31 - 1")
+
+    @classmethod
+    def make(cls, model: str, preset: str = "paper", **overrides: Any) -> "Config":
+        """The preset of a model with some fields changed.
+
+        >>> Config.make("sasrec", "best", epochs=3).loss
+        'softmax'
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
+        names = {field.name for field in fields(cls)}
+        if unknown := overrides.keys() - names:
+            raise ValueError(f"no such option: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
+        base = cls(model=model, preset=preset)  # type: ignore[arg-type]
+        return replace(base, **{**PRESETS[preset], **OVERRIDES.get((model, preset), {}), **overrides})
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "best": {
+        "dim": 64,
+        "loss": "softmax",
+        "negatives": 512,
+        "negatives_shared": "batch",
+        "intent_loss": "softmax",
+        "join": "log_softmax",
+        "calibrate": True,
+        "dropout": 0.4,
+        "batch_size": 128,
+    },
+}
+# Where a model's preset is not that of the others: SASRec's `best` is SASRec trained with the better loss, and no more.
+OVERRIDES: dict[tuple[str, str], dict[str, Any]] = {("cafe", "best"): {"compose_items": True}}

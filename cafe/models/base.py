@@ -1,0 +1,84 @@
+"""What all models share: the interface of scoring, and the batch that training feeds them."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cafe.config import Config
+from cafe.data.dataset import Dataset
+
+
+class Scores(NamedTuple):
+    """Raw logits: of items (B, candidates), and of intents or None for a model without intents."""
+
+    item: Tensor
+    intent: Tensor | None
+
+
+@dataclass
+class Batch:
+    """Packed training sequences: at token t of a sequence the model has seen items up to t and must name `positives[t]`.
+
+    items, positives: int64 (T,); cu_seqlens: int32 (B + 1); max_seqlen: int; sequence: int64 (T,), each token's row.
+    negatives: int64 (T, K), or (K,) shared by the batch, and then ignore: bool (B, K), which of them a row's user has had.
+    negative_log_q: log of the expected count of each draw, like negatives; positive_log_q (T,) likewise.
+    intent_negatives: int64 (T, 1) where intents are trained with one negative.
+    step: number of the training step; with the seed it fixes every random choice.
+    """
+
+    items: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    sequence: Tensor
+    positives: Tensor
+    negatives: Tensor
+    ignore: Tensor | None
+    negative_log_q: Tensor | None
+    positive_log_q: Tensor | None
+    intent_negatives: Tensor | None
+    step: int
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(
+            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        )
+
+
+class Model(nn.Module):
+    """Base of all models: knows its configuration and its catalog."""
+
+    item_intent: Tensor
+
+    def __init__(self, config: Config, dataset: Dataset) -> None:
+        super().__init__()
+        self.config = config
+        self.num_items, self.num_intents = dataset.num_items, dataset.num_intents
+        self.register_buffer("item_intent", torch.from_numpy(dataset.item_intent.astype("int64")), persistent=False)
+        self.register_buffer("intent_weight", torch.ones(()))
+
+    def score(
+        self,
+        items: Tensor,
+        cu_seqlens: Tensor,
+        candidates: Tensor | None = None,
+        candidate_intents: Tensor | None = None,
+    ) -> Scores:
+        """Logits for what follows each history.
+
+        Args:
+            items: int64 (total,), histories packed; cu_seqlens: int32 (B + 1).
+            candidates: int64 (B, K) items to score, or None for all: then item logits are (B, num_items) and intent
+                logits (B, num_intents), to be gathered by each item's intent.
+            candidate_intents: int64 (B, K), by default each candidate's own (Eq. 10).
+        """
+        raise NotImplementedError(f"{type(self).__name__}.score")
+
+    def join(self, item_logits: Tensor, intent_logits: Tensor | None) -> Tensor:
+        """The joint score of items and their intents (Eq. 10): the item logits where there are no intents."""
+        return item_logits
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The mean training loss of a batch, a scalar."""
+        raise NotImplementedError(f"{type(self).__name__}.loss")

@@ -1,0 +1,64 @@
+"""CAFE: a coarse encoder over intents, a fine one over items, and the joint probability of both (Eq. 4-10).
+
+R^c = intent encoder (plain), R^v = item encoder (distance mask), R = R^v + R^c                     (Eq. 4-7)
+r^c_j = R^c . E^c_j,  r^v_k = R . E^v_k                                                              (Eq. 8)
+score(v) = log sigma(r^v_v) + log sigma(r^c_{c(v)})                                                  (Eq. 10, by its logarithm)
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, logsigmoid
+
+from cafe.config import Config
+from cafe.data.dataset import Dataset
+from cafe.models.base import Batch
+from cafe.models.blocks import Encoder
+from cafe.models.sasrec import SASRec
+from cafe_kernels.losses import sampled_bce
+
+
+class CAFE(SASRec):
+    """SASRec's item side with the distance mask, and an intent encoder whose output joins it."""
+
+    mask = True
+
+    def __init__(self, config: Config, dataset: Dataset) -> None:
+        super().__init__(config, dataset)
+        self.intent_embedding = nn.Parameter(torch.randn(self.num_intents, config.dim) * config.init_std)
+        self.intent_encoder = Encoder(config)
+
+    def encode(
+        self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int, sequence: Tensor, step: int
+    ) -> tuple[Tensor, Tensor | None]:
+        intents = nn.functional.embedding(self.item_intent[items], self.intent_embedding)
+        coarse = self.intent_encoder(intents, cu_seqlens, max_seqlen, sequence, stream=2 * step + 1)
+        fine = self.item_encoder(self.embed(items), cu_seqlens, max_seqlen, sequence, stream=2 * step)
+        return fine + coarse, coarse
+
+    def intent_logits(self, intent_state: Tensor) -> Tensor:
+        logits = intent_state @ self.intent_embedding.T
+        return logits.log_softmax(-1) if self.config.join == "log_softmax" else logits
+
+    def loss(self, batch: Batch) -> Tensor:
+        state, coarse = self.encode(batch.items, batch.cu_seqlens, batch.max_seqlen, batch.sequence, batch.step)
+        assert coarse is not None
+        return self.item_loss(state, batch) + self.intent_loss(coarse, batch)
+
+    def intent_loss(self, coarse: Tensor, batch: Batch) -> Tensor:
+        """BCE over the next intent and one negative (Eq. 9), or the full softmax over intents; coarse (T, d)."""
+        positives = self.item_intent[batch.positives]
+        if self.config.intent_loss == "softmax":
+            return cross_entropy(coarse @ self.intent_embedding.T, positives)
+        assert batch.intent_negatives is not None
+        rows = nn.functional.embedding(
+            torch.cat([positives[:, None], batch.intent_negatives], 1), self.intent_embedding
+        )
+        logits = (rows @ coarse.unsqueeze(-1)).squeeze(-1)
+        return sampled_bce(logits[:, 0], logits[:, 1:], batch.intent_negatives == positives[:, None])
+
+    def join(self, item_logits: Tensor, intent_logits: Tensor | None) -> Tensor:
+        """Eq. 10's logarithm, the intent's part times `intent_weight` (1 unless calibrated)."""
+        assert intent_logits is not None
+        if self.config.join == "log_sigmoid":
+            item_logits, intent_logits = logsigmoid(item_logits), logsigmoid(intent_logits)
+        return item_logits + self.intent_weight * intent_logits

@@ -1,0 +1,86 @@
+"""SASRec (Kang & McAuley 2018) on packed sequences: one causal encoder over items, tied embeddings. CAFE's backbone (Eq. 1-3)."""
+
+import torch
+from torch import Tensor, nn
+
+from cafe.config import Config
+from cafe.data.dataset import Dataset
+from cafe.models.base import Batch, Model, Scores
+from cafe.models.blocks import Encoder, last_tokens
+from cafe_kernels.losses import sampled_bce, sampled_softmax
+
+
+class SASRec(Model):
+    """One item encoder; items are scored by R_t . E_v."""
+
+    mask = False  # SASRec's attention has theta = 1
+
+    def __init__(self, config: Config, dataset: Dataset) -> None:
+        super().__init__(config, dataset)
+        self.item_embedding = nn.Parameter(torch.randn(self.num_items, config.dim) * config.init_std)
+        if config.compose_items:
+            self.item_intent_embedding = nn.Parameter(torch.randn(self.num_intents, config.dim) * config.init_std)
+        self.item_encoder = Encoder(config, mask=self.mask and config.distance_mask)
+
+    def embed(self, items: Tensor) -> Tensor:
+        """E_v of `items`, (*items.shape, d): an item's own row, plus that of its intent where items are composed."""
+        rows = nn.functional.embedding(items, self.item_embedding)
+        if self.config.compose_items:
+            rows = rows + nn.functional.embedding(self.item_intent[items], self.item_intent_embedding)
+        return rows
+
+    def encode(
+        self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int, sequence: Tensor, step: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """R (T, d) for items and R^c (T, d) for intents, or None."""
+        return self.item_encoder(self.embed(items), cu_seqlens, max_seqlen, sequence, stream=2 * step), None
+
+    def loss(self, batch: Batch) -> Tensor:
+        state, _ = self.encode(batch.items, batch.cu_seqlens, batch.max_seqlen, batch.sequence, batch.step)
+        return self.item_loss(state, batch)
+
+    def item_loss(self, state: Tensor, batch: Batch) -> Tensor:
+        """BCE (Eq. 9) or sampled softmax with log-Q correction over the batch's negatives; state (T, d)."""
+        positive = (state * self.embed(batch.positives)).sum(-1)
+        rows = self.embed(batch.negatives)
+        if batch.negatives.dim() == 1:
+            negative = state @ rows.T
+            ignore = batch.ignore[batch.sequence] if batch.ignore is not None else None
+        else:
+            negative = (rows @ state.unsqueeze(-1)).squeeze(-1)
+            ignore = batch.negatives == batch.positives[:, None]
+        if self.config.loss == "bce":
+            return sampled_bce(positive, negative, ignore)
+        if batch.positive_log_q is not None and batch.negative_log_q is not None:
+            positive, negative = positive - batch.positive_log_q, negative - batch.negative_log_q
+        return sampled_softmax(positive, negative, ignore)
+
+    def states(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """R and R^c after the newest item of each history, (B, d) each."""
+        lengths = cu_seqlens.diff().long()
+        if len(lengths) and int(lengths.min()) < 1:
+            raise ValueError("a history is empty: there is nothing to encode; recommend popular items instead")
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=items.device), lengths)
+        item, intent = self.encode(items, cu_seqlens, int(lengths.max()) if len(lengths) else 0, sequence, step=0)
+        last = last_tokens(cu_seqlens)
+        return item[last], None if intent is None else intent[last]
+
+    def score(
+        self,
+        items: Tensor,
+        cu_seqlens: Tensor,
+        candidates: Tensor | None = None,
+        candidate_intents: Tensor | None = None,
+    ) -> Scores:
+        state, intent_state = self.states(items, cu_seqlens)
+        if candidates is None:
+            item = state @ self.embed(torch.arange(self.num_items, device=state.device)).T
+        else:
+            item = (self.embed(candidates) @ state.unsqueeze(-1)).squeeze(-1)
+        intent = None if intent_state is None else self.intent_logits(intent_state)
+        if intent is not None and candidates is not None:
+            intent = intent.gather(1, self.item_intent[candidates] if candidate_intents is None else candidate_intents)
+        return Scores(item, intent)
+
+    def intent_logits(self, intent_state: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} has no intents")
