@@ -17,7 +17,7 @@ Protocols (who the answer is ranked against):
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
@@ -46,7 +46,7 @@ class Model(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """Raw item and intent logits for what follows each packed history; no candidates: all items, all intents."""
 
-    def join(self, item_logits: Tensor, intent_logits: Tensor | None) -> Tensor:
+    def join(self, item_logits: Tensor, intent_logits: Tensor | None, weight: float | None = None) -> Tensor:
         """The joint score; the item logits where there are no intents."""
 
 
@@ -60,6 +60,7 @@ def evaluate(
     batch_size: int = 256,
     max_users: int | None = None,
     popularity: str = "all",
+    intent_weights: Sequence[float] = (),
     progress: Callable[[int, int], None] | None = None,
     memory_bytes: int = 1 << 30,
     name: str | None = None,
@@ -78,6 +79,8 @@ def evaluate(
         batch_size: users scored at once; `full` takes fewer where `memory_bytes` would not hold their scores.
         max_users: evaluate a random sample of this many users.
         popularity: what the negatives are drawn by, `train` or `all` interactions; cafe.candidates says what it does.
+        intent_weights: also rank by the joint score with these weights of the intent, as scores named "joint*WEIGHT";
+            calibration compares them.
         progress: called with (users done, users in all) after each batch.
         name, preset: how to call the model in reports; by default its class and its `config.preset`, if any.
 
@@ -116,7 +119,9 @@ def evaluate(
         with torch.inference_mode():
             for start in range(0, len(rows), batch_size):
                 batch = slice(start, min(start + batch_size, len(rows)))
-                for score, pair in _count_batch(model, dataset, holdout, candidates, batch, protocol).items():
+                for score, pair in _count_batch(
+                    model, dataset, holdout, candidates, batch, protocol, intent_weights
+                ).items():
                     counts.setdefault(score, []).append(pair.cpu())
                 if progress is not None:
                     progress(batch.stop, len(rows))
@@ -145,7 +150,13 @@ def evaluate(
 
 
 def _count_batch(
-    model: Model, dataset: Dataset, holdout: Holdout, candidates: Candidates, batch: slice, protocol: str
+    model: Model,
+    dataset: Dataset,
+    holdout: Holdout,
+    candidates: Candidates,
+    batch: slice,
+    protocol: str,
+    intent_weights: Sequence[float],
 ) -> dict[str, Tensor]:
     """For each score (2, users): how many candidates are above the answer, and how many like it."""
     device = _device(model)
@@ -175,6 +186,7 @@ def _count_batch(
     if intent is not None:
         intent = intent.float()
         scores["joint"] = item + intent if protocol == "authors" else model.join(item, intent)
+        scores |= {f"joint*{weight}": model.join(item, intent, weight) for weight in intent_weights}
     where = [torch.from_numpy(index).to(device) for index in (columns, skip_rows, skip_columns)]
     return {score: count_above(values, *where) for score, values in scores.items()}
 

@@ -75,8 +75,11 @@ class Model(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__}.score")
 
-    def join(self, item_logits: Tensor, intent_logits: Tensor | None) -> Tensor:
-        """The joint score of items and their intents (Eq. 10): the item logits where there are no intents."""
+    def join(self, item_logits: Tensor, intent_logits: Tensor | None, weight: float | None = None) -> Tensor:
+        """The joint score of items and their intents (Eq. 10): the item logits where there are no intents.
+
+        weight: of the intent, in place of the calibrated `intent_weight`.
+        """
         return item_logits
 
     def loss(self, batch: Batch) -> Tensor:

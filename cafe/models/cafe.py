@@ -56,9 +56,9 @@ class CAFE(SASRec):
         logits = (rows @ coarse.unsqueeze(-1)).squeeze(-1)
         return sampled_bce(logits[:, 0], logits[:, 1:], batch.intent_negatives == positives[:, None])
 
-    def join(self, item_logits: Tensor, intent_logits: Tensor | None) -> Tensor:
+    def join(self, item_logits: Tensor, intent_logits: Tensor | None, weight: float | None = None) -> Tensor:
         """Eq. 10's logarithm, the intent's part times `intent_weight` (1 unless calibrated)."""
         assert intent_logits is not None
         if self.config.join == "log_sigmoid":
             item_logits, intent_logits = logsigmoid(item_logits), logsigmoid(intent_logits)
-        return item_logits + self.intent_weight * intent_logits
+        return item_logits + (self.intent_weight if weight is None else weight) * intent_logits

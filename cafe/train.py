@@ -1,0 +1,282 @@
+"""Training: Adam over packed batches, validation with early stopping, checkpoints that resume bit for bit.
+
+A run folder holds
+
+    config.json         format, version, the configuration, the dataset (path and fingerprint)
+    best.safetensors    the model at its best validation
+    last.safetensors    model, optimizer and progress after the last finished step that was saved
+    metrics.jsonl       one line per epoch: loss, tokens/s, validation
+    curve.png           loss and validation by epoch
+
+Every random choice of step s follows from (seed, s), so nothing but the weights and moments has to be saved to resume.
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cafe.batches import Batches, prefetch
+from cafe.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from cafe.config import Config
+from cafe.data.dataset import Dataset
+from cafe.evaluate import evaluate
+from cafe.models import Model, build
+
+FORMAT, VERSION = "cafe-run", 1
+INTENT_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
+STREAMS = 2**31  # seeds of steps: seed * STREAMS + step
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in training: the state was saved; the message says how to go on."""
+
+
+def fit(
+    config: Config,
+    dataset: Dataset,
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    resume: bool = False,
+    device: str = "cpu",
+    checkpoint_seconds: float = 60.0,
+    progress: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> Model:
+    """Trains the model of `config` and keeps the run in the folder `out`.
+
+    Args:
+        data: where `dataset` is stored, kept with the run so that `cafe evaluate` and `recommend` find it.
+        resume: go on with the run in `out`; the weights are bit-identical to those of an uninterrupted run on the same
+            machine with the same number of threads.
+        device: torch device.
+        checkpoint_seconds: at least this often the state is saved.
+        progress: called with {"step", "steps", "tokens", "loss"} after each step and with the metrics of each epoch.
+
+    Returns:
+        The model at its best validation.
+
+    Raises:
+        ValueError: `out` holds something else, the run there has another configuration or dataset, or the loss is not finite.
+        Interrupted: Ctrl-C; the state is saved.
+
+    Example:
+        >>> model = fit(Config.make("sasrec", epochs=3), Dataset.load("beauty"), "runs/sasrec")  # doctest: +SKIP
+    """
+    out = Path(out)
+    _open_run(out, config, dataset, data, resume)
+    torch.manual_seed(config.seed)
+    model = build(config, dataset).to(device)
+    if config.model == "poprec":
+        metrics = {"epoch": 0, "step": 0, "valid": _validate(model, dataset)}
+        save_checkpoint(out / "best.safetensors", dict(model.state_dict()), {"epoch": 0, "step": 0})
+        write_atomically(out / "metrics.jsonl", (json.dumps(metrics) + "\n").encode())
+        progress(metrics)
+        return model
+
+    batches = Batches(config, dataset)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    state: dict[str, Any] = {"step": 0, "best": -1.0, "best_epoch": -1, "since_best": 0, "loss": 0.0, "done": False}
+    if resume and (out / "last.safetensors").exists():
+        tensors, state = load_checkpoint(out / "last.safetensors")
+        _restore(model, optimizer, tensors)
+        _truncate_metrics(out / "metrics.jsonl", state["step"])
+    saved = time.monotonic()
+    with _interrupt_flag() as interrupted:
+        while not state["done"]:
+            epoch, first = divmod(state["step"], len(batches))
+            order, base = batches.order(epoch), epoch * len(batches)
+            size = config.batch_size
+            started, tokens = time.monotonic(), 0
+            made = prefetch(
+                lambda i, order=order, base=base: batches(order[i * size : (i + 1) * size], base + i),  # type: ignore[misc]
+                range(first, len(batches)),
+            )
+            model.train()
+            for batch in made:
+                torch.manual_seed(config.seed * STREAMS + batch.step)
+                optimizer.zero_grad(set_to_none=True)
+                loss = model.loss(batch.to(torch.device(device)))
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"the loss became {value} at step {batch.step} (epoch {epoch}): lower --lr, or resume from "
+                        f"the last checkpoint in {out}"
+                    )
+                loss.backward()
+                optimizer.step()
+                state["step"] += 1
+                state["loss"] += value
+                tokens += len(batch.items)
+                progress(
+                    {"step": state["step"], "steps": config.epochs * len(batches), "tokens": len(batch.items), "loss": value}
+                )
+                if interrupted() or time.monotonic() - saved > checkpoint_seconds:
+                    _save_last(out, model, optimizer, state)
+                    saved = time.monotonic()
+                if interrupted():
+                    raise Interrupted(f"interrupted after step {state['step']}; saved. Go on with: cafe train --resume --out {out}")
+            seconds = time.monotonic() - started
+            metrics = {"epoch": epoch, "step": state["step"], "loss": state["loss"] / len(batches), "tokens_per_s": tokens / seconds}
+            state["loss"] = 0.0
+            last_epoch = epoch + 1 == config.epochs
+            if (epoch + 1) % config.valid_every == 0 or last_epoch:
+                metrics["valid"] = _validate(model, dataset)
+                better = metrics["valid"]["ndcg@10"] > state["best"]
+                if better:
+                    state |= {"best": metrics["valid"]["ndcg@10"], "best_epoch": epoch, "since_best": 0}
+                    save_checkpoint(
+                        out / "best.safetensors", dict(model.state_dict()), {"epoch": epoch, "step": state["step"], **metrics["valid"]}
+                    )
+                else:
+                    state["since_best"] += 1
+            state["done"] = last_epoch or state["since_best"] >= config.patience
+            with (out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+            _save_last(out, model, optimizer, state)
+            saved = time.monotonic()
+            progress(metrics | {"best_epoch": state["best_epoch"]})
+    plot_curve(out)
+    model.load_state_dict(load_checkpoint(out / "best.safetensors")[0])
+    return model.eval()
+
+
+def load_run(run: str | Path, data: str | Path | None = None) -> tuple[Model, Dataset]:
+    """The trained model (at its best validation) and its dataset.
+
+    Raises:
+        FileNotFoundError, ValueError: not a run, one of another version, damaged, or trained on another dataset.
+    """
+    run = Path(run)
+    meta = read_run(run)
+    config = Config(**meta["config"])
+    path = data or meta["data"]
+    if path is None:
+        raise ValueError(f"{run} does not say where its dataset is: give --data")
+    dataset = Dataset.load(path)
+    if dataset.fingerprint != meta["fingerprint"]:
+        raise ValueError(f"{run} was trained on another dataset than {path}: give the right one with --data")
+    model = build(config, dataset)
+    model.load_state_dict(load_checkpoint(run / "best.safetensors")[0])
+    return model.eval(), dataset
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """config.json of a run folder."""
+    try:
+        meta = json.loads((run / "config.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{run} is not a run (no config.json): train one with `cafe train --out {run}`") from None
+    except ValueError as error:
+        raise ValueError(f"{run / 'config.json'} is damaged ({error})") from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise ValueError(f"{run / 'config.json'} does not describe a run of cafe train")
+    if meta.get("version") != VERSION:
+        raise ValueError(f"{run} has format version {meta.get('version')}, this release reads {VERSION}: train it again")
+    return meta
+
+
+def plot_curve(run: Path) -> None:
+    """curve.png: training loss and validation NDCG@10 by epoch, from metrics.jsonl."""
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    left = figure.add_subplot(xlabel="epoch", ylabel="training loss")
+    left.plot([line["epoch"] + 1 for line in lines], [line["loss"] for line in lines], color="tab:gray")
+    right = left.twinx()
+    valid = [line for line in lines if "valid" in line]
+    right.plot([line["epoch"] + 1 for line in valid], [line["valid"]["ndcg@10"] for line in valid], color="tab:blue", marker=".")
+    right.set_ylabel("validation NDCG@10", color="tab:blue")
+    left.set_title(run.name)
+    figure.savefig(run / "curve.png", dpi=120)
+
+
+def _validate(model: Model, dataset: Dataset) -> dict[str, float]:
+    """NDCG@10 on the validation answers; where the configuration says so, the intent's weight is fitted first."""
+    config = model.config
+    weights = INTENT_WEIGHTS if config.calibrate and config.model == "cafe" else ()
+    result = evaluate(
+        model, dataset, "valid", config.valid_protocol, max_users=config.valid_users, intent_weights=weights, batch_size=1024
+    )
+    if not weights:
+        return {metric: result.mean(metric) for metric in ("ndcg@10", "hr@10")}
+    best = max(weights, key=lambda weight: result.mean("ndcg@10", f"joint*{weight}"))
+    model.intent_weight.fill_(best)
+    return {metric: result.mean(metric, f"joint*{best}") for metric in ("ndcg@10", "hr@10")} | {"intent_weight": best}
+
+
+def _open_run(out: Path, config: Config, dataset: Dataset, data: str | Path | None, resume: bool) -> None:
+    """Makes the folder, or checks that the run in it is the one to resume."""
+    if (out / "config.json").exists():
+        meta = read_run(out)
+        if not resume:
+            raise FileExistsError(f"{out} already holds a run: add --resume, or choose another --out")
+        if meta["config"] != asdict(config) or meta["fingerprint"] != dataset.fingerprint:
+            raise ValueError(f"{out} was started with another configuration or dataset: resume it with the same options")
+        return
+    if resume:
+        raise FileNotFoundError(f"{out} holds no run to resume: leave --resume out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is not an empty folder: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": asdict(config),
+        "data": None if data is None else str(Path(data).resolve()),
+        "fingerprint": dataset.fingerprint,
+        "torch": torch.__version__,
+    }
+    write_atomically(out / "config.json", json.dumps(meta, indent=2).encode())
+
+
+def _save_last(out: Path, model: Model, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+    save_checkpoint(out / "last.safetensors", tensors, state)
+
+
+def _restore(model: Model, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
+    for name, parameter in model.named_parameters():
+        optimizer.state[parameter] = {
+            key: tensors[f"optimizer.{key}.{name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"optimizer.{key}.{name}" in tensors
+        }  # fmt: skip
+
+
+def _truncate_metrics(path: Path, step: int) -> None:
+    """Drops the lines of steps after the checkpoint: they will be run again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    write_atomically(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
+
+
+@contextmanager
+def _interrupt_flag() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C sets a flag that is read between steps, so that no step is cut in half; a second Ctrl-C stops at once."""
+    pressed = False
+
+    def press(number: int, frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    try:
+        former = signal.signal(signal.SIGINT, press)
+    except ValueError:  # not the main thread: the caller handles signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, former)
