@@ -4,11 +4,11 @@ The users of a split are put in one shuffled order and the negatives drawn along
 are a random sample of the users, and each has the negatives she has when everybody is evaluated.
 
 Negatives are drawn by popularity, without replacement, outside the user's WHOLE history, both held-out items included.
-Popularity is how often training has an item (`train`), or how often all interactions have it, held-out ones included
-(`all`, as in the paper's released code). Either way an item of count 0 is never a negative, and both favour a model
-that ranks rare items first, because answers are rarer than negatives. With `train` this is extreme on sparse data: an
-item that training never saw can only be the answer. Where many answers are such (bucket "0" of the breakdown), read
-`full` first, which has no such bias.
+Popularity is how often all interactions have an item, held-out ones included (`all`, the default, as in the paper's
+released code), or how often training has it (`train`). Either way an item of count 0 is never a negative, and both
+favour a model that ranks rare items first, because answers are rarer than negatives. With `train` this is extreme on
+sparse data: an item that training never saw can only be the answer. Where many answers are such (bucket "0" of the
+breakdown), read `full` first, which has no such bias.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from cafe.data.dataset import Dataset, Sequences
 
 PROTOCOLS = ("aligned", "full", "authors")
-POPULARITIES = ("train", "all")
+POPULARITIES = ("all", "train")
 
 
 @dataclass(frozen=True, eq=False)

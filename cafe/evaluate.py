@@ -78,7 +78,7 @@ def evaluate(
         num_negatives: for `aligned` and `authors`. Where a small catalog has fewer left, all of them are taken.
         batch_size: users scored at once; `full` takes fewer where `memory_bytes` would not hold their scores.
         max_users: evaluate a random sample of this many users.
-        popularity: what the negatives are drawn by, `train` or `all` interactions; cafe.candidates says what it does.
+        popularity: what the negatives are drawn by, `all` interactions or those of `train`, see cafe.candidates.
         intent_weights: also rank by the joint score with these weights of the intent, as scores named "joint*WEIGHT";
             calibration compares them.
         progress: called with (users done, users in all) after each batch.

@@ -200,15 +200,17 @@ def test_sampled_negatives_favour_unseen_items_and_full_does_not():
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
-def test_negatives_are_distinct_known_to_training_and_never_in_the_whole_history(dataset, split):
-    candidates = draw_candidates(dataset, split, num_negatives=60)
-    users, counts = dataset.holdout(split).users, dataset.train_counts()
+@pytest.mark.parametrize("popularity", ["all", "train"])
+def test_negatives_are_distinct_known_and_never_in_the_whole_history(dataset, split, popularity):
+    candidates = draw_candidates(dataset, split, num_negatives=60, popularity=popularity)
+    interactions = dataset.sequences if popularity == "all" else dataset.train()
+    users, known = dataset.holdout(split).users, set(interactions.items)
     np.testing.assert_array_equal(candidates.items[:, 0], dataset.holdout(split).answers)
     for user, items in zip(users, candidates.items, strict=True):
-        negatives = items[1:]
-        assert len(set(negatives)) == 60
-        assert not set(negatives) & set(dataset.sequences[user])
-        assert (counts[negatives] > 0).all()
+        negatives = set(items[1:])
+        assert len(negatives) == 60
+        assert not negatives & set(dataset.sequences[user])
+        assert negatives <= known
     np.testing.assert_array_equal(candidates.intents, dataset.item_intent[candidates.items])
 
 
@@ -247,18 +249,18 @@ def test_negatives_follow_popularity(dataset):
     assert chi_square < 18.47  # 4 degrees of freedom
 
 
-def test_a_catalog_with_too_few_negatives_gives_all_there_are():
-    dataset = make_dataset([[0, 1, 2, 3, 4], [5, 6, 7, 8], [9, 0, 1]], 11)
-    candidates = draw_candidates(dataset, num_negatives=100)
+@pytest.mark.parametrize(("popularity", "ranked"), [("all", [6, 7, 8]), ("train", [4, 5, 4])])
+def test_a_catalog_with_too_few_negatives_gives_all_there_are(popularity, ranked):
+    dataset = make_dataset([[0, 1, 2, 3, 4], [5, 6, 7, 8], [9, 0, 1]], 12)  # 10 and 11 were never had
+    candidates = draw_candidates(dataset, num_negatives=100, popularity=popularity)
     assert candidates.short == 3
-    known = set(np.flatnonzero(dataset.train_counts()))  # 0, 1, 2, 5, 6, 9
+    known = set(range(10)) if popularity == "all" else {0, 1, 2, 5, 6, 9}
     for user, items in enumerate(candidates.items):
         assert set(items[items >= 0][1:]) == known - set(dataset.sequences[user])
-    result = evaluate(constant(dataset), dataset)
+    result = evaluate(constant(dataset), dataset, popularity=popularity)
     assert result.short == 3
-    np.testing.assert_allclose(result.values("hr@1"), [1 / 4, 1 / 5, 1 / 4])
-    exactly = draw_candidates(dataset, num_negatives=3)
-    assert exactly.short == 0
+    np.testing.assert_allclose(result.values("hr@1"), 1 / np.array(ranked))
+    assert draw_candidates(dataset, num_negatives=min(ranked) - 1, popularity=popularity).short == 0
 
 
 def test_authors_pairing_never_gives_the_true_or_the_own_intent(dataset):
@@ -335,7 +337,7 @@ def test_infinite_scores_rank_as_they_should():
         ({"split": "train"}, "expected 'valid' or 'test'"),
         ({"num_negatives": 0}, "num_negatives"),
         ({"max_users": 0}, "max_users"),
-        ({"popularity": "test"}, "expected one of train, all"),
+        ({"popularity": "test"}, "expected one of all, train"),
     ],
 )
 def test_bad_arguments_are_refused(dataset, arguments, message):
@@ -523,7 +525,7 @@ def test_compare_has_no_ratio_to_nothing(evaluations):
         ({"protocol": "full"}, "protocol"),
         ({"num_negatives": 50}, "num_negatives"),
         ({"seed": 1}, "seed"),
-        ({"popularity": "all"}, "popularity"),
+        ({"popularity": "train"}, "popularity"),
         ({"max_users": 100}, "candidates"),
     ],
 )
