@@ -1,4 +1,418 @@
+// Draws item ids from a fixed law p in O(1) each: the alias table of Walker (1977), built in O(V) as by Vose (1991).
+// The table splits [0, 1) into V columns of equal width; column i belongs to item i up to a threshold and to its alias
+// above. A draw is one 64-bit Philox number x: x * V / 2^64 has the column in front of the point, and behind it the
+// height in the column. At V in the millions a draw costs one cache miss, and little else: columns are computed and
+// prefetched a chunk ahead of their use.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "parallel.h"
+#include "philox.h"
+
+namespace py = pybind11;
+
 namespace cafe {
-void register_sampler(pybind11::module_&) {}
+namespace {
+
+struct Entry {  // one column: threshold and alias lie together, so that a draw touches one cache line
+    uint32_t threshold;  // times 2^-32
+    int32_t alias;
+};
+
+constexpr int kChunk = 128;             // draws that are under way (prefetched) at once
+constexpr int64_t kBlock = 4096;        // draws of a unit of work; its results stay in the first-level cache
+constexpr int64_t kPerThread = 65536;   // fewer draws than this are not worth a thread
+constexpr uint32_t kAttempts = 256;     // rejections before a row goes over to an exact search
+
+// Memory on huge pages where the system grants them: random reads of a large table otherwise miss the TLB too.
+template <class T>
+std::unique_ptr<T[], void (*)(void*)> allocate(size_t n) {
+    constexpr size_t kHugePage = size_t(1) << 21;
+    size_t alignment = n * sizeof(T) < kHugePage ? 64 : kHugePage;
+    size_t bytes = (n * sizeof(T) + alignment - 1) / alignment * alignment;
+    void* memory = std::aligned_alloc(alignment, bytes);
+    if (!memory) throw std::bad_alloc();
+#ifdef __linux__
+    if (alignment == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+    return {static_cast<T*>(memory), std::free};
 }
+
+uint32_t quantise(double probability) {  // rounded, but a positive one stays positive: its item can still be drawn
+    if (probability <= 0) return 0;
+    return uint32_t(std::min(std::max(std::floor(probability * 0x1p32 + 0.5), 1.0), 0x1p32 - 1));
+}
+
+// One byte for each of many hash values, set where an id of a row hashes to it: a fast first answer to "was this id seen?"
+// (Locals in the loops: the compiler must assume that a byte store changes any member.)
+class Marks {
+   public:
+    void reserve(int64_t ids) {  // 64 bytes an id or more: at most one first answer in 64 is wrong
+        size_t needed = 1;
+        int bits = 0;
+        while (needed < size_t(64 * ids)) needed *= 2, ++bits;
+        if (needed > bytes_.size()) bytes_.assign(needed, 0), shift_ = 32 - bits;
+    }
+    void set(const int32_t* ids, int64_t n, uint8_t value) {
+        uint8_t* bytes = bytes_.data();
+        const int shift = shift_;
+        for (int64_t i = 0; i < n; ++i) bytes[slot(ids[i], shift)] = value;
+    }
+    // The first j of start ... n - 1 with ids[j] marked, or n.
+    int64_t find(const int32_t* ids, int64_t start, int64_t n) const {
+        const uint8_t* bytes = bytes_.data();
+        const int shift = shift_;
+        while (start < n && !bytes[slot(ids[start], shift)]) ++start;
+        return start;
+    }
+    bool has(int32_t id) const { return bytes_[slot(id, shift_)]; }
+
+   private:
+    static size_t slot(int32_t id, int shift) { return uint64_t(uint32_t(id) * 2654435769u) >> shift; }
+
+    std::vector<uint8_t> bytes_{0};
+    int shift_ = 32;
+};
+
+struct Csr {
+    const int64_t* indptr;
+    int64_t rows;
+    const int32_t* indices;
+    int64_t size;
+};
+
+std::string row_name(const int64_t* rows, int64_t i) {
+    return "rows[" + std::to_string(i) + "] = " + std::to_string(rows[i]);
+}
+
+class AliasTable {
+   public:
+    AliasTable(const double* p, int64_t n, Isa isa) : p_(p), n_(n), isa_(isa), entries_(allocate<Entry>(n)) { build(); }
+
+    int64_t size() const { return n_; }
+    const Entry* entries() const { return entries_.get(); }
+
+    void sample(uint64_t seed, uint64_t offset, int64_t n, int32_t* out, int64_t threads) const {
+        parallel_for((n + kBlock - 1) / kBlock, std::min(threads, n / kPerThread + 1), [&](int64_t block) {
+            int64_t first = block * kBlock;
+            draw(seed, offset + first, std::min(kBlock, n - first), out + first);
+        });
+    }
+
+    // k draws for each of the rows, not in its history, and if `distinct` each different from the row's former draws.
+    void sample_rows(const Csr& history, const int64_t* rows, int64_t n, int64_t k, bool distinct, uint64_t seed,
+                     uint64_t offset, int32_t* out, int64_t threads) const {
+        if (k == 0) return;
+        int64_t rows_a_block = std::max<int64_t>(1, std::min<int64_t>(256, kBlock / k));
+        int64_t blocks = (n + rows_a_block - 1) / rows_a_block;
+        parallel_for(blocks, std::min(threads, n * k / kPerThread + 1), [&](int64_t block) {
+            int64_t first = block * rows_a_block, last = std::min(n, first + rows_a_block);
+            for (int64_t i = first; i < last; ++i) {
+                check_row(history, rows, i);
+                for (int64_t j = history.indptr[rows[i]]; j < history.indptr[rows[i] + 1]; j += 16)
+                    __builtin_prefetch(history.indices + j);
+            }
+            draw(seed, offset + first * k, (last - first) * k, out + first * k);
+            auto row_of = [&](int64_t i) {
+                const int64_t begin = history.indptr[rows[i]], end = history.indptr[rows[i] + 1];
+                return Row{*this,          history.indices + begin, end - begin, distinct, k, seed, offset + i * k,
+                           out + i * k, rows,                    i,           {},       {}};
+            };
+            struct Rejected {
+                int64_t i, j;
+                uint64_t place;  // of attempt 1, whose column is on its way to the cache
+            };
+            std::vector<Rejected> rejected;
+            Marks marks;
+            for (int64_t i = first; i < last; ++i) {
+                Row row = row_of(i);
+                check_ids(row.history, row.size, rows, i);
+                marks.reserve(row.size + (distinct ? k : 0));
+                marks.set(row.history, row.size, 1);
+                if (distinct) {
+                    for (int64_t j = 0; j < k; ++j) {
+                        if (marks.has(row.out[j]) && row.taken(row.out[j], j)) row.out[j] = row.again(j, 1);
+                        marks.set(row.out + j, 1, 1);
+                    }
+                    marks.set(row.out, k, 0);
+                } else {
+                    for (int64_t j = marks.find(row.out, 0, k); j < k; j = marks.find(row.out, j + 1, k))
+                        if (row.taken(row.out[j], j)) rejected.push_back({i, j, prepare_one(seed, row.position + j, 1)});
+                }
+                marks.set(row.history, row.size, 0);
+            }
+            for (size_t r = 0; r < rejected.size();) {
+                Row row = row_of(rejected[r].i);
+                for (; r < rejected.size() && rejected[r].i == row.index; ++r) {
+                    int64_t j = rejected[r].j;
+                    row.out[j] = resolve(rejected[r].place);
+                    if (row.taken(row.out[j], j)) row.out[j] = row.again(j, 2);
+                }
+            }
+        });
+    }
+
+   private:
+    // Vose's table with the two work lists replaced by two sweeps over the items: one finds the next item that does not
+    // fill its column (small), one the next that overflows it (large). The large item fills up the small ones until it
+    // is small itself, and is then filled up by the next large one. No extra memory, and both sweeps read in order.
+    void build() {
+        auto scaled = [&](int64_t i) { return p_[i] * double(n_); };
+        auto next = [&](int64_t i, bool large) {
+            while (i < n_ && (scaled(i) >= 1) != large) ++i;
+            return i;
+        };
+        int32_t heaviest = int32_t(std::max_element(p_, p_ + n_) - p_);
+        int64_t small = next(0, false), large = next(0, true);
+        double rest = large < n_ ? scaled(large) : 0;
+        while (large < n_) {
+            if (rest < 1) {
+                int64_t filler = next(large + 1, true);
+                if (filler == n_) break;
+                entries_[large] = {quantise(rest), int32_t(filler)};
+                rest = (rest + scaled(filler)) - 1;
+                large = filler;
+            } else if (small < n_) {
+                entries_[small] = {quantise(scaled(small)), int32_t(large)};
+                rest -= 1 - scaled(small);
+                small = next(small + 1, false);
+            } else {
+                break;
+            }
+        }
+        // What is left fills its column but for rounding.
+        for (; large < n_; large = next(large + 1, true)) entries_[large] = {~0u, int32_t(large)};
+        for (; small < n_; small = next(small + 1, false))
+            entries_[small] = p_[small] > 0 ? Entry{~0u, int32_t(small)} : Entry{0, heaviest};
+    }
+
+    // floor(x * V / 2^32): the column in the high half, the height in it in the low half.
+    uint64_t place(uint64_t x) const { return (x >> 32) * uint64_t(n_) + ((x & 0xFFFFFFFF) * uint64_t(n_) >> 32); }
+
+    int32_t resolve(uint64_t place) const {
+        Entry entry = entries_[place >> 32];
+        int32_t own = -int32_t(uint32_t(place) < entry.threshold);  // all ones or zero: a branch would be mispredicted
+        return entry.alias ^ ((entry.alias ^ int32_t(place >> 32)) & own);
+    }
+
+    uint64_t prepare_one(uint64_t seed, uint64_t position, uint32_t attempt) const {
+        uint64_t at = place(philox(seed, position, attempt, kSamplerStream).bits());
+        __builtin_prefetch(&entries_[at >> 32]);
+        return at;
+    }
+
+    void prepare(uint64_t seed, uint64_t position, int64_t n, uint64_t* places) const {
+        philox_bits(isa_, seed, position, 0, kSamplerStream, int(n + 7) / 8 * 8, places);
+        for (int64_t i = 0; i < n; ++i) {
+            places[i] = place(places[i]);
+            __builtin_prefetch(&entries_[places[i] >> 32]);
+        }
+    }
+
+    void draw(uint64_t seed, uint64_t position, int64_t n, int32_t* out) const {
+        alignas(64) std::array<std::array<uint64_t, kChunk>, 2> places;
+        prepare(seed, position, std::min<int64_t>(kChunk, n), places[0].data());
+        for (int64_t first = 0, turn = 0; first < n; first += kChunk, turn ^= 1) {
+            int64_t next = first + kChunk;
+            if (next < n) prepare(seed, position + next, std::min<int64_t>(kChunk, n - next), places[turn ^ 1].data());
+            for (int64_t i = first; i < std::min(next, n); ++i) out[i] = resolve(places[turn][i - first]);
+        }
+    }
+
+    // One row's k draws. Attempts 0 ... 255 at a position read the table. If all are rejected the row gets an exact list
+    // of what is left, with cumulative weights, and attempts 256 ... 511 search that; in the distinct mode what is drawn
+    // later makes the list stale, and if that rejects them all too, attempt 512 searches a new list, which cannot fail.
+    struct Row {
+        const AliasTable& table;
+        const int32_t* history;  // ascending
+        int64_t size;
+        bool distinct;
+        int64_t k;
+        uint64_t seed, position;
+        int32_t* out;
+        const int64_t* rows;
+        int64_t index;
+        std::vector<int32_t> left;
+        std::vector<double> cumulative;
+
+        bool taken(int32_t id, int64_t j) const {
+            return std::binary_search(history, history + size, id) || (distinct && std::find(out, out + j, id) != out + j);
+        }
+
+        int32_t again(int64_t j, uint32_t attempt) {
+            for (; attempt < kAttempts; ++attempt) {
+                int32_t id = table.resolve(table.prepare_one(seed, position + j, attempt));
+                if (!taken(id, j)) return id;
+            }
+            if (left.empty()) list(j);
+            for (; attempt < 2 * kAttempts; ++attempt) {
+                int32_t id = search(j, attempt);
+                if (!taken(id, j)) return id;
+            }
+            list(j);
+            return search(j, attempt);
+        }
+
+        void list(int64_t j) {  // the items that the row may still draw, and their cumulative weights
+            std::vector<int32_t> out_of_play(history, history + size);
+            if (distinct) out_of_play.insert(out_of_play.end(), out, out + j);
+            std::sort(out_of_play.begin(), out_of_play.end());
+            left.clear(), cumulative.clear();
+            double sum = 0;
+            auto skip = out_of_play.begin();
+            for (int64_t id = 0; id < table.n_; ++id) {
+                while (skip != out_of_play.end() && *skip < id) ++skip;
+                if (table.p_[id] == 0 || (skip != out_of_play.end() && *skip == id)) continue;
+                left.push_back(int32_t(id));
+                cumulative.push_back(sum += table.p_[id]);
+            }
+            if (!left.empty()) return;
+            throw std::invalid_argument(
+                distinct ? row_name(rows, index) + ": only " + std::to_string(j) + " items of positive weight are outside its history, but " +
+                               std::to_string(k) + " distinct ones were asked for; lower k or leave the row out"
+                         : row_name(rows, index) + ": its history holds every item of positive weight, nothing is left to draw; "
+                                  "leave the row out");
+        }
+
+        int32_t search(int64_t j, uint32_t attempt) const {
+            double u = double(philox(seed, position + j, attempt, kSamplerStream).bits() >> 11) * 0x1p-53;
+            auto at = std::upper_bound(cumulative.begin(), cumulative.end(), u * cumulative.back()) - cumulative.begin();
+            return left[std::min<size_t>(at, left.size() - 1)];
+        }
+    };
+
+    static void check_row(const Csr& history, const int64_t* rows, int64_t i) {
+        bool known = rows[i] >= 0 && rows[i] < history.rows;
+        int64_t begin = known ? history.indptr[rows[i]] : 0, end = known ? history.indptr[rows[i] + 1] : 0;
+        if (known && 0 <= begin && begin <= end && end <= history.size) return;
+        if (!known)
+            throw std::invalid_argument(row_name(rows, i) + " is out of range: indptr has " + std::to_string(history.rows) + " rows");
+        throw std::invalid_argument(row_name(rows, i) + ": indptr goes from " + std::to_string(begin) + " to " +
+                                    std::to_string(end) + ", but must ascend within 0 ... len(indices) = " +
+                                    std::to_string(history.size));
+    }
+
+    void check_ids(const int32_t* ids, int64_t size, const int64_t* rows, int64_t i) const {
+        int descents = 0;
+        for (int64_t j = 0; j + 1 < size; ++j) descents |= ids[j] > ids[j + 1];
+        bool sorted = !descents;
+        if (sorted && (size == 0 || (ids[0] >= 0 && ids[size - 1] < n_))) return;
+        throw std::invalid_argument(row_name(rows, i) + ": its history " +
+                                    (sorted ? "holds ids outside 0 ... " + std::to_string(n_ - 1) + ", the sampler's items"
+                                            : "is not sorted; sort each row of indices once"));
+    }
+
+    const double* p_;
+    int64_t n_;
+    Isa isa_;
+    std::unique_ptr<Entry[], void (*)(void*)> entries_;
+};
+
+// What follows checks everything that memory safety rests on; cafe_kernels/sampling explains the rest to the user.
+
+template <class T>
+py::array_t<T> input(const py::array& a, const char* name, const char* dtype) {
+    if (!py::isinstance<py::array_t<T>>(a) || a.ndim() != 1 || !(a.flags() & py::array::c_style))
+        throw py::type_error(std::string(name) + " must be a contiguous 1-D " + dtype + " array, got " +
+                             std::string(py::str(a.dtype())) + " of " + std::to_string(a.ndim()) + " dimensions");
+    return py::reinterpret_borrow<py::array_t<T>>(a);
+}
+
+int32_t* output(py::array& a, int64_t size) {
+    if (!py::isinstance<py::array_t<int32_t>>(a) || !(a.flags() & py::array::c_style) || !a.writeable() || a.size() != size)
+        throw py::type_error("out must be a writable contiguous int32 array of " + std::to_string(size) + " elements");
+    return static_cast<int32_t*>(a.mutable_data());
+}
+
+AliasTable make_table(const py::array& probabilities, const std::string& isa) {
+    auto p = input<double>(probabilities, "probabilities", "float64");
+    if (p.size() < 1 || p.size() > int64_t(1) << 31)
+        throw std::invalid_argument("there must be 1 ... 2^31 items, got " + std::to_string(p.size()));
+    double sum = 0;
+    for (int64_t i = 0; i < p.size(); ++i) {
+        if (!(p.data()[i] >= 0 && p.data()[i] <= 1)) throw std::invalid_argument("probabilities must be in 0 ... 1");
+        sum += p.data()[i];
+    }
+    if (!(std::abs(sum - 1) < 1e-6)) throw std::invalid_argument("probabilities must sum to 1");
+    py::gil_scoped_release release;
+    return AliasTable(p.data(), p.size(), choose_isa(isa));
+}
+
+void sample(const AliasTable& table, uint64_t seed, uint64_t offset, py::array out, int64_t threads) {
+    int64_t n = out.size();
+    int32_t* ids = output(out, n);
+    py::gil_scoped_release release;
+    table.sample(seed, offset, n, ids, threads);
+}
+
+void sample_rows(const AliasTable& table, const py::array& indptr, const py::array& indices, const py::array& rows,
+                 int64_t k, bool distinct, uint64_t seed, uint64_t offset, py::array out, int64_t threads) {
+    auto starts = input<int64_t>(indptr, "indptr", "int64");
+    auto ids = input<int32_t>(indices, "indices", "int32");
+    auto which = input<int64_t>(rows, "rows", "int64");
+    if (starts.size() < 1 || starts.data()[0] != 0 || starts.data()[starts.size() - 1] != ids.size())
+        throw std::invalid_argument("indptr must go from 0 to len(indices) = " + std::to_string(ids.size()) +
+                                    (starts.size() < 1 ? ", got an empty array"
+                                                       : ", got " + std::to_string(starts.data()[0]) + " to " +
+                                                             std::to_string(starts.data()[starts.size() - 1])));
+    if (k < 0 || (k > 0 && which.size() > std::numeric_limits<int64_t>::max() / k))
+        throw std::invalid_argument("k must be at least 0, and rows times k below 2^63, got " + std::to_string(k));
+    int32_t* drawn = output(out, which.size() * k);
+    Csr history{starts.data(), starts.size() - 1, ids.data(), ids.size()};
+    const int64_t* row = which.data();
+    int64_t n = which.size();
+    py::gil_scoped_release release;
+    table.sample_rows(history, row, n, k, distinct, seed, offset, drawn, threads);
+}
+
+}  // namespace
+
+void register_sampler(py::module_& m) {
+    py::class_<AliasTable>(m, "AliasTable", "The alias table of a law p; see cafe_kernels.AliasSampler.")
+        .def(py::init(&make_table), py::arg("probabilities"), py::arg("isa") = "auto", py::keep_alive<1, 2>())
+        .def("sample", &sample, py::arg("seed"), py::arg("offset"), py::arg("out"), py::arg("threads"))
+        .def("sample_rows", &sample_rows, py::arg("indptr"), py::arg("indices"), py::arg("rows"), py::arg("k"),
+             py::arg("distinct"), py::arg("seed"), py::arg("offset"), py::arg("out"), py::arg("threads"))
+        .def_property_readonly(
+            "entries",
+            [](py::object self) {
+                auto& table = self.cast<const AliasTable&>();
+                auto words = reinterpret_cast<const uint32_t*>(table.entries());
+                py::array_t<uint32_t> view({table.size(), int64_t(2)}, words, self);
+                view.attr("flags").attr("writeable") = false;
+                return view;
+            },
+            "(V, 2) uint32, read-only: each column's threshold (times 2^-32) and alias.");
+    m.def(
+        "philox",
+        [](uint64_t seed, uint64_t position, uint32_t attempt, uint32_t stream) {
+            auto w = philox(seed, position, attempt, stream).word;
+            return py::make_tuple(w[0], w[1], w[2], w[3]);
+        },
+        py::arg("seed"), py::arg("position"), py::arg("attempt") = 0, py::arg("stream") = 0,
+        "The four words of one Philox4x32-10 block.");
+    m.def(
+        "philox_bits",
+        [](uint64_t seed, uint64_t position, uint32_t attempt, uint32_t stream, int blocks_of_8, const std::string& isa) {
+            py::array_t<uint64_t> bits(std::max(blocks_of_8, 0) * 8);
+            philox_bits(choose_isa(isa), seed, position, attempt, stream, int(bits.size()), bits.mutable_data());
+            return bits;
+        },
+        py::arg("seed"), py::arg("position"), py::arg("attempt"), py::arg("stream"), py::arg("blocks_of_8"),
+        py::arg("isa") = "auto", "word 0 + 2^32 word 1 of consecutive positions, by the code path `isa`.");
+}
+
+}  // namespace cafe
