@@ -1,0 +1,27 @@
+# make demo and make test each do everything on a fresh machine with Python 3.11 and a C++ compiler.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: demo test lint bench clean
+
+.venv/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m cafe.demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python -m pytest benchmarks -q
+
+clean:
+	rm -rf .venv build demo *.egg-info cafe_kernels/*.so

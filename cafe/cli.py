@@ -1,0 +1,327 @@
+"""The `cafe` command: prepare, simulate, train, evaluate, compare, recommend.
+
+Results go to standard output (with --json: one JSON object and nothing else), progress and warnings to standard error.
+A mistake in the input is one line and exit code 1; a mistake in the options exits with 2; Ctrl-C with 130.
+"""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Coarse-to-fine sparse sequential recommendation.")
+out_console, err_console = Console(), Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Data = Annotated[Path | None, typer.Option(help="Prepared dataset, if not where the run was trained.")]
+
+
+def main() -> None:
+    """Entry point: runs the app and turns errors into one clear line."""
+    warnings.showwarning = lambda message, *_, **__: err_console.print(f"[yellow]warning:[/] {message}", highlight=False)
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        err_console.print(str(stop) or "interrupted", highlight=False)
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("CAFE_TRACEBACK"):
+            raise
+        if hasattr(error, "format_message"):  # click's own: wrong options
+            err_console.print(f"[red]error:[/] {error.format_message()}", highlight=False)
+            sys.exit(2)
+        if not isinstance(error, (ValueError, OSError)) and not type(error).__module__.startswith("polars"):
+            raise
+        err_console.print("[red]error:[/] " + " ".join(str(error).split()), highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def emit(data: dict[str, Any]) -> None:
+    print(json.dumps(data, default=str))
+
+
+@app.command()
+def prepare(
+    interactions: Annotated[Path, typer.Option(help="CSV or Parquet, plain or gzip, or a folder of parts.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    items: Annotated[Path | None, typer.Option(help="Item and intent of every item.")] = None,
+    user_col: Annotated[str, typer.Option(help="Column of the user.")] = "user",
+    item_col: Annotated[str, typer.Option(help="Column of the item.")] = "item",
+    time_col: Annotated[str, typer.Option(help="Column of the timestamp.")] = "timestamp",
+    intent_col: Annotated[str, typer.Option(help="Column of the intent (category, seller).")] = "intent",
+    separator: Annotated[str, typer.Option(help="Of CSV files.")] = ",",
+    min_sequence_length: Annotated[int, typer.Option(min=1, help="Fewest interactions of a user.")] = 1,
+    min_item_count: Annotated[int, typer.Option("--min-item-count", "-k", min=1, help="Fewest interactions of an item.")] = 1,
+    duplicates: Annotated[str, typer.Option(help="keep, exact, first or last.")] = "keep",
+    drop_incomplete: Annotated[bool, typer.Option(help="Drop rows with a missing value instead of refusing them.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn files of interactions and items into a dataset.
+
+    Example: cafe prepare --interactions buys.csv.gz --items items.csv --out data/shop
+    """
+    from cafe.data.prepare import prepare as run
+
+    dataset = run(
+        interactions, items, out, user_col=user_col, item_col=item_col, time_col=time_col, intent_col=intent_col,
+        separator=separator, min_sequence_length=min_sequence_length, min_item_count=min_item_count,
+        duplicates=duplicates, drop_incomplete=drop_incomplete, progress=lambda step: err_console.print(f"{step} ..."),
+    )  # type: ignore[arg-type]  # fmt: skip
+    report = {"out": str(out), "stats": dataset.stats(), "preparation": dataset.preparation}
+    if as_json:
+        return emit(report)
+    from rich.table import Table
+
+    table = Table(title=f"{out}", show_header=False)
+    for name, value in dataset.stats().items():
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+    out_console.print(table)
+    out_console.print_json(data=dataset.preparation, default=str)
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Option(help="Prepared dataset.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    model: Annotated[str, typer.Option(help="cafe, sasrec or poprec.")] = "cafe",
+    preset: Annotated[str, typer.Option(help="paper or best.")] = "best",
+    epochs: Annotated[int | None, typer.Option(min=1)] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences a step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Adam's learning rate.")] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Width of embeddings and encoders.")] = None,
+    max_len: Annotated[int | None, typer.Option(min=1, help="Longest history read.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--set", help="Any field of the configuration: name=value.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model, with validation and early stopping.
+
+    Example: cafe train --data data/shop --model cafe --preset best --out runs/cafe
+    """
+    import torch
+
+    from cafe.config import Config
+    from cafe.data.dataset import Dataset
+    from cafe.train import fit, read_run
+
+    if threads:
+        torch.set_num_threads(threads)
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: no GPU is usable here; leave --device out")
+    overrides = {"epochs": epochs, "seed": seed, "batch_size": batch_size, "lr": lr, "dim": dim, "max_len": max_len}
+    overrides = {name: value for name, value in overrides.items() if value is not None} | dict(map(_assignment, option or []))
+    config = Config(**read_run(out)["config"]) if resume else Config.make(model, preset, **overrides)
+    dataset = Dataset.load(data)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(), console=err_console,
+    )  # fmt: skip
+    lines: list[dict[str, Any]] = []
+    with bar:
+        task = bar.add_task(f"{config.model} {config.preset}", total=None, status="")
+        rate = _Rate()
+
+        def progress(event: dict[str, Any]) -> None:
+            if "tokens" in event:
+                status = f"loss {event['loss']:.3f}  {rate(event['tokens']):,.0f} tokens/s"
+                return bar.update(task, completed=event["step"], total=event["steps"], status=status)
+            lines.append(event)
+            valid = "  ".join(f"{name} {value:.4f}" for name, value in event.get("valid", {}).items())
+            bar.console.print(f"epoch {event['epoch'] + 1:3d}  loss {event.get('loss', 0):.4f}  valid {valid}", highlight=False)
+
+        fit(config, dataset, out, data=data, resume=resume, device=device, progress=progress)
+    best = max((line for line in lines if "valid" in line), key=lambda line: line["valid"]["ndcg@10"], default=None)
+    if as_json:
+        return emit({"run": str(out), "model": config.model, "preset": config.preset, "epochs": len(lines), "best": best})
+    if best:
+        out_console.print(
+            f"{out}: best validation NDCG@10 {best['valid']['ndcg@10']:.4f} ({config.valid_protocol}) "
+            f"after epoch {best['epoch'] + 1}. Next: cafe evaluate --run {out}",
+            highlight=False,
+        )
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Option(help="Run folder.")],
+    protocol: Annotated[str, typer.Option(help="aligned, full or authors.")] = "aligned",
+    split: Annotated[str, typer.Option(help="test or valid.")] = "test",
+    seed: Annotated[int, typer.Option(help="Of the candidates; the same for all runs to compare.")] = 0,
+    max_users: Annotated[int | None, typer.Option(min=1, help="A random sample of so many users.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="Another run, for a paired comparison.")] = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Rank every user's held-out item, with 95% intervals and a breakdown by item frequency and history length.
+
+    Example: cafe evaluate --run runs/cafe --protocol full
+    """
+    from cafe.evaluation import compare as paired
+    from cafe.tables import print_comparison, print_evaluation
+
+    runs = [run] if baseline is None else [run, baseline]
+    results = [_evaluate(path, data, split, protocol, seed, max_users) for path in runs]
+    if as_json:
+        summary = results[0].summary()
+        if baseline is not None:
+            summary["comparison"] = paired(*results)
+        return emit(summary)
+    print_evaluation(out_console, results, breakdown="ndcg@10")
+    if baseline is not None:
+        print_comparison(out_console, paired(*results))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; the first is the baseline.")],
+    protocol: Annotated[list[str] | None, typer.Option(help="Repeat for several; by default aligned and full.")] = None,
+    metric: Annotated[str, typer.Option()] = "ndcg@5",
+    split: Annotated[str, typer.Option()] = "test",
+    seed: Annotated[int, typer.Option()] = 0,
+    max_users: Annotated[int | None, typer.Option(min=1)] = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """One table of several runs on the same users and candidates, with each gain over the first and its interval.
+
+    Example: cafe compare runs/sasrec runs/cafe
+    """
+    from cafe.evaluation import compare as paired
+    from cafe.tables import print_comparison, print_evaluation
+
+    report: dict[str, Any] = {}
+    for name in protocol or ["aligned", "full"]:
+        results = [_evaluate(path, data, split, name, seed, max_users) for path in runs]
+        gains = [paired(result, results[0], metric) for result in results[1:]]
+        report[name] = {"runs": [result.summary() for result in results], "gains": gains}
+        if not as_json:
+            print_evaluation(out_console, results)
+            if gains:
+                print_comparison(out_console, gains)
+    if as_json:
+        emit(report)
+
+
+@app.command()
+def recommend(
+    run: Annotated[Path, typer.Option(help="Run folder.")],
+    user: Annotated[str | None, typer.Option(help="A user of the dataset.")] = None,
+    history: Annotated[str | None, typer.Option(help="Item ids, oldest first, separated by commas.")] = None,
+    users: Annotated[Path | None, typer.Option(help="CSV or Parquet with a column `user`; needs --out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Parquet file to write for --users.")] = None,
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many items.")] = 10,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Recommend unseen items, with the intents behind them.
+
+    Example: cafe recommend --run runs/cafe --history "i20,i21,i22" -k 5
+    """
+    from cafe.recommend import Recommender
+
+    if sum(value is not None for value in (user, history, users)) != 1:
+        raise ValueError("give exactly one of --user, --history and --users")
+    if (users is None) != (out is None):
+        raise ValueError("--users and --out go together")
+    recommender = Recommender.load(run, data)
+    if users is not None and out is not None:
+        return _recommend_file(recommender, users, out, k, as_json)
+    items = recommender.history_of(user) if user is not None else [part.strip() for part in (history or "").split(",")]
+    answer = recommender.recommend([items], k)[0]
+    if as_json:
+        return emit({"user": user, "history": items, "k": k, **vars(answer)})
+    from rich.table import Table
+
+    if answer.popular:
+        out_console.print("No item of the history is known: these are the most popular items.")
+    elif answer.top_intents:
+        listed = ", ".join(f"{intent} ({share:.0%})" for intent, share in answer.top_intents)
+        out_console.print(f"Expected next: {listed}", highlight=False)
+    table = Table("", "item", "intent", "score")
+    for rank, row in enumerate(zip(answer.items, answer.intents, answer.scores, strict=True), 1):
+        table.add_row(str(rank), str(row[0]), str(row[1]), f"{row[2]:.3f}")
+    out_console.print(table)
+
+
+def _recommend_file(recommender: Any, users: Path, out: Path, k: int, as_json: bool) -> None:
+    import polars as pl
+
+    from cafe.checkpoint import write_atomically
+    from cafe.data.files import read_table  # noqa: F401
+
+    frame = pl.read_parquet(users) if users.suffix == ".parquet" else pl.read_csv(users, infer_schema=False)
+    if "user" not in frame.columns:
+        raise ValueError(f"{users} has no column 'user'; it has {', '.join(frame.columns)}")
+    ids = frame["user"].to_list()
+    answers = recommender.recommend([recommender.history_of(user) for user in ids], k)
+    table = pl.DataFrame(
+        [
+            {"user": user, "rank": rank, "item": item, "intent": intent, "score": score}
+            for user, answer in zip(ids, answers, strict=True)
+            for rank, (item, intent, score) in enumerate(zip(answer.items, answer.intents, answer.scores, strict=True), 1)
+        ]
+    )
+    import io
+
+    buffer = io.BytesIO()
+    table.write_parquet(buffer)
+    write_atomically(out, buffer.getvalue())
+    report = {"out": str(out), "users": len(ids), "rows": len(table)}
+    if as_json:
+        emit(report)
+    else:
+        out_console.print(f"{out}: {len(table):,} rows for {len(ids):,} users", highlight=False)
+
+
+def _evaluate(run: Path, data: Path | None, split: str, protocol: str, seed: int, max_users: int | None) -> Any:
+    from cafe.evaluate import evaluate as rank
+    from cafe.train import load_run
+
+    model, dataset = load_run(run, data)
+    with Progress(console=err_console, transient=True) as bar:
+        task = bar.add_task(f"{run.name}, {protocol}")
+        result = rank(
+            model, dataset, split, protocol, seed=seed, max_users=max_users,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    result.save(run / f"{split}-{protocol}.npz")
+    return result
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set {text!r}: expected name=value")
+    try:
+        return name, json.loads(value.lower() if value in ("True", "False") else value)
+    except ValueError:
+        return name, value
+
+
+class _Rate:
+    """Tokens a second since the first call."""
+
+    def __init__(self) -> None:
+        self.started, self.tokens = 0.0, 0
+
+    def __call__(self, tokens: int) -> float:
+        from time import monotonic
+
+        self.started = self.started or monotonic()
+        self.tokens += tokens
+        return self.tokens / max(monotonic() - self.started, 1e-9)
+
+
+if __name__ == "__main__":
+    main()

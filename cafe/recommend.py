@@ -1,0 +1,142 @@
+"""Top-k items for histories: the joint score over the whole catalog (Eq. 10) without what the user has had."""
+
+import warnings
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from cafe.data.dataset import Dataset
+from cafe.models import Model
+from cafe.train import load_run
+
+BYTES = 256 << 20  # for the scores of one batch of users
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What one user is recommended.
+
+    items: item ids, best first; intents: the intent id of each; scores: the joint score of each, to rank within this list.
+    top_intents: (intent id, probability) of the intents that the model expects next, for a model with intents.
+    popular: True where the history had no known item, and popular items are given instead.
+    """
+
+    items: list[Any]
+    intents: list[Any]
+    scores: list[float]
+    top_intents: list[tuple[Any, float]]
+    popular: bool
+
+
+class Recommender:
+    """A trained model with the ids of its catalog.
+
+    Example:
+        >>> Recommender.load("runs/cafe").recommend([["i20", "i21"]], k=3)[0].items  # doctest: +SKIP
+        ['i2061', 'i17', 'i903']
+    """
+
+    def __init__(self, model: Model, dataset: Dataset) -> None:
+        self.model, self.dataset = model.eval(), dataset
+
+    @classmethod
+    def load(cls, run: str | Path, data: str | Path | None = None) -> "Recommender":
+        """The best checkpoint of a run folder; `data` where its prepared dataset is now, if it was moved."""
+        return cls(*load_run(run, data))
+
+    @cached_property
+    def _item_number(self) -> dict[Any, int]:
+        return {item: number for number, item in enumerate(self.dataset.item_ids.to_list())}
+
+    @cached_property
+    def _user_number(self) -> dict[Any, int]:
+        return {user: number for number, user in enumerate(self.dataset.user_ids.to_list())}
+
+    @cached_property
+    def _counts(self) -> Tensor:
+        return torch.from_numpy(np.bincount(self.dataset.sequences.items, minlength=self.dataset.num_items)).float()
+
+    def history_of(self, user: Any) -> list[Any]:
+        """The item ids of a user of the dataset, oldest first; an unknown user is a ValueError."""
+        number = self._user_number.get(_as_type(user, self.dataset.user_ids))
+        if number is None:
+            example = self.dataset.user_ids[0]
+            raise ValueError(f"user {user!r} is not in the dataset (ids look like {example!r}): give a --history instead")
+        return [self.dataset.item_ids[int(item)] for item in self.dataset.sequences[number]]
+
+    def recommend(self, histories: Seq[Seq[Any]], k: int = 10, batch_size: int = 256) -> list[Recommendation]:
+        """The k best unseen items for each history (item ids, oldest first).
+
+        Unknown ids are skipped with a warning; a history with none left gets popular items. Fewer than k items come back
+        where the catalog has no more unseen ones.
+
+        Raises:
+            ValueError: k is not positive.
+        """
+        if k < 1:
+            raise ValueError(f"k={k}: expected at least 1")
+        known = [[self._item_number.get(_as_type(item, self.dataset.item_ids)) for item in history] for history in histories]
+        unknown = [item for history, ids in zip(histories, known, strict=True) for item, i in zip(history, ids, strict=True) if i is None]
+        if unknown:
+            warnings.warn(f"{len(unknown)} unknown item ids skipped, the first is {unknown[0]!r}", stacklevel=2)
+        rows = [np.array([i for i in ids if i is not None], np.int64) for ids in known]
+        batch_size = max(1, min(batch_size, BYTES // (8 * self.dataset.num_items)))
+        answers: list[Recommendation] = []
+        for start in range(0, len(rows), batch_size):
+            answers += self._batch(rows[start : start + batch_size], min(k, self.dataset.num_items))
+        return answers
+
+    @torch.inference_mode()
+    def _batch(self, histories: list[np.ndarray], k: int) -> list[Recommendation]:
+        own_intent = self.model.item_intent
+        scores = self._counts.repeat(len(histories), 1)
+        intents: dict[int, Tensor] = {}
+        read = [row for row, history in enumerate(histories) if len(history)]
+        if read:
+            newest = [torch.from_numpy(histories[row][-self.model.config.max_len :]) for row in read]
+            cu_seqlens = torch.tensor([0, *np.cumsum([len(h) for h in newest])], dtype=torch.int32)
+            item, intent = self.model.score(torch.cat(newest), cu_seqlens)
+            if intent is not None:
+                item = self.model.join(item, intent[:, own_intent])
+                intents = dict(zip(read, intent.softmax(-1), strict=True))
+            scores[read] = item
+        for row, history in enumerate(histories):
+            scores[row, torch.from_numpy(history)] = -torch.inf
+        best, items = scores.topk(k)
+        answers = []
+        for row in range(len(histories)):
+            fits = best[row] > -torch.inf
+            numbers = items[row][fits].tolist()
+            top = intents[row].topk(min(3, self.dataset.num_intents)) if row in intents else None
+            answers.append(
+                Recommendation(
+                    items=[self.dataset.item_ids[i] for i in numbers],
+                    intents=[self.dataset.intent_ids[int(self.dataset.item_intent[i])] for i in numbers],
+                    scores=[round(value, 5) for value in best[row][fits].tolist()],
+                    top_intents=[]
+                    if top is None
+                    else [
+                        (self.dataset.intent_ids[i], round(p, 4))
+                        for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                    ],
+                    popular=row not in intents and not len(histories[row]),
+                )
+            )
+        return answers
+
+
+def _as_type(value: Any, ids: pl.Series) -> Any:
+    """`value` as the ids have it: the command line gives text where a dataset may have numbers."""
+    if isinstance(value, str) and ids.dtype.is_integer():
+        try:
+            return int(value)
+        except ValueError:
+            return None
+    return str(value) if ids.dtype == pl.String else value

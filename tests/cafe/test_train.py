@@ -1,0 +1,173 @@
+"""Training end to end on a tiny shop: it learns, resumes bit for bit, refuses what it cannot use."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from cafe.checkpoint import load_checkpoint, save_checkpoint
+from cafe.config import Config
+from cafe.evaluate import evaluate
+from cafe.recommend import Recommender
+from cafe.train import Interrupted, fit, load_run
+
+TINY = {"dim": 16, "max_len": 8, "batch_size": 16, "epochs": 3}
+
+
+def weights(run):
+    return load_checkpoint(run / "last.safetensors")[0]
+
+
+@pytest.fixture(scope="module")
+def run(dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    dataset.save(folder / "data")
+    fit(Config.make("cafe", "best", **TINY | {"epochs": 20}, dropout=0.1), dataset, folder / "cafe", data=folder / "data")
+    return folder
+
+
+def test_learns_what_is_there(run):
+    model, dataset = load_run(run / "cafe")
+    cafe = evaluate(model, dataset, "test", "full").mean("ndcg@10")
+    fit(Config.make("poprec"), dataset, run / "poprec", data=run / "data")
+    popular = evaluate(load_run(run / "poprec")[0], dataset, "test", "full").mean("ndcg@10")
+    assert cafe > 2 * popular
+    lines = [json.loads(line) for line in (run / "cafe" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(len(lines)))
+    assert (run / "cafe" / "curve.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(("model", "preset"), [("cafe", "paper"), ("cafe", "best"), ("sasrec", "paper")])
+def test_resume_is_bit_identical(dataset, tmp_path, model, preset):
+    config = Config.make(model, preset, **TINY)
+    fit(config, dataset, tmp_path / "whole")
+
+    def stop_at(step):
+        def progress(event):
+            if event["step"] == step and "tokens" in event:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return progress
+
+    with pytest.raises(Interrupted, match="cafe train --resume"):
+        fit(config, dataset, tmp_path / "cut", progress=stop_at(3))
+    with pytest.raises(Interrupted):
+        fit(config, dataset, tmp_path / "cut", resume=True, progress=stop_at(9))
+    fit(config, dataset, tmp_path / "cut", resume=True)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "cut")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_refuses_what_it_cannot_continue(dataset, other_dataset, tmp_path):
+    config = Config.make("sasrec", **TINY | {"epochs": 1})
+    fit(config, dataset, tmp_path / "run")
+    with pytest.raises(FileExistsError, match="--resume"):
+        fit(config, dataset, tmp_path / "run")
+    with pytest.raises(ValueError, match="another configuration"):
+        fit(Config.make("sasrec", **TINY | {"epochs": 2}), dataset, tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match="another configuration or dataset"):
+        fit(config, other_dataset, tmp_path / "run", resume=True)
+    with pytest.raises(FileNotFoundError, match="no run to resume"):
+        fit(config, dataset, tmp_path / "new", resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious.txt").write_text("x")
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        fit(config, dataset, tmp_path / "other")
+
+
+def test_a_loss_that_is_not_finite_stops(dataset, tmp_path):
+    with pytest.raises(ValueError, match="the loss became"):
+        fit(Config.make("sasrec", **TINY, lr=1e30), dataset, tmp_path / "run")
+    assert threading.active_count() < 20
+
+
+def test_checkpoints_are_refused_by_name_when_damaged(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_checkpoint(path, {"a": torch.arange(1000.0), "b": torch.ones((), dtype=torch.int64)}, {"step": 7})
+    tensors, state = load_checkpoint(path)
+    assert state == {"step": 7}
+    assert torch.equal(tensors["a"], torch.arange(1000.0))
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for position in [*rng.integers(8, len(content), 60), len(content) - 1]:
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            loaded, state = load_checkpoint(path)
+        except ValueError as error:
+            assert "x.safetensors is damaged" in str(error)
+        else:  # a flipped bit in the header's blanks changes nothing
+            assert state == {"step": 7}
+            assert torch.equal(loaded["a"], torch.arange(1000.0))
+    for size in (0, 5, 100, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=r"x\.safetensors is damaged"):
+            load_checkpoint(path)
+
+
+def test_a_full_disk_keeps_the_former_checkpoint(tmp_path):
+    code = f"""
+import resource, torch
+from pathlib import Path
+from cafe.checkpoint import save_checkpoint
+path = Path({str(tmp_path)!r}) / "x.safetensors"
+save_checkpoint(path, {{"a": torch.zeros(10)}}, {{}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+try:
+    save_checkpoint(path, {{"a": torch.zeros(100_000)}}, {{}})
+except OSError:
+    print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "refused\n", done.stderr
+    assert len(load_checkpoint(tmp_path / "x.safetensors")[0]["a"]) == 10
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_recommend(run):
+    recommender = Recommender.load(run / "cafe")
+    dataset = recommender.dataset
+    history = dataset.item_ids[dataset.sequences[0]].to_list()
+    answer, unread = recommender.recommend([history, []], k=5)
+    assert len(answer.items) == 5
+    assert not set(answer.items) & set(history)
+    assert answer.scores == sorted(answer.scores, reverse=True)
+    assert answer.intents == [f"c{int(item[1:]) // 10}" for item in answer.items]
+    assert not answer.popular
+    assert unread.popular
+    counts = np.bincount(dataset.sequences.items, minlength=dataset.num_items)
+    assert unread.items[0] == f"i{counts.argmax()}"
+    with pytest.warns(UserWarning, match="1 unknown item ids skipped, the first is 'nothing'"):
+        assert recommender.recommend([[*history, "nothing"]], k=5)[0].items == answer.items
+    everything = recommender.recommend([dataset.item_ids.to_list()], k=5)[0]
+    assert everything.items == []
+    assert len(recommender.recommend([history], k=1000)[0].items) == dataset.num_items - len(set(history))
+    assert recommender.history_of("u0") == history
+    with pytest.raises(ValueError, match="'u9999' is not in the dataset"):
+        recommender.history_of("u9999")
+
+
+def test_a_run_of_another_version_or_dataset_is_refused(run, other_dataset, tmp_path):
+    meta = json.loads((run / "cafe" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(meta | {"version": 99}))
+    with pytest.raises(ValueError, match="format version 99"):
+        load_run(tmp_path)
+    other_dataset.save(tmp_path / "data")
+    with pytest.raises(ValueError, match="another dataset"):
+        load_run(run / "cafe", tmp_path / "data")
+    with pytest.raises(FileNotFoundError, match="is not a run"):
+        load_run(tmp_path / "data")

@@ -1,0 +1,141 @@
+"""The reference op against a loop over sequences, heads and tokens, and its gradients by gradcheck in fp64."""
+
+import pytest
+import torch
+
+from cafe_kernels.attention import DistanceMaskedAttention, distance_attention
+from cafe_kernels.attention.reference import dropout_keep, philox
+
+LENGTHS = [[1], [63, 0, 1], [64, 65], [111, 2, 0, 9], [0, 0]]
+
+
+def packed(lengths, heads, dim, dtype=torch.float64, grad=False):
+    generator = torch.Generator().manual_seed(sum(lengths) + heads)
+    total, longest = sum(lengths), max(lengths)
+    q, k, v = (torch.randn(total, heads, dim, dtype=dtype, generator=generator) for _ in range(3))
+    log_theta = torch.randn(heads, longest + 3, dtype=dtype, generator=generator)
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    for tensor in (q, k, v, log_theta):
+        tensor.requires_grad_(grad)
+    return q, k, v, log_theta, cu
+
+
+def by_loops(q, k, v, log_theta, cu, scale):
+    out = torch.zeros_like(v)
+    for begin, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
+        for head in range(q.shape[1]):
+            for i in range(begin, end):
+                logits = torch.stack([q[i, head] @ k[j, head] * scale + log_theta[head, i - j] for j in range(begin, i + 1)])
+                out[i, head] = logits.softmax(0) @ v[begin : i + 1, head]
+    return out
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("heads", "dim"), [(1, 20), (2, 16)])
+def test_equals_loops(lengths, heads, dim):
+    q, k, v, log_theta, cu = packed(lengths, heads, dim)
+    out = distance_attention(q, k, v, log_theta, cu, scale=0.3)
+    torch.testing.assert_close(out, by_loops(q, k, v, log_theta, cu, 0.3), rtol=1e-10, atol=1e-10)
+
+
+def test_padded_call_equals_packed():
+    q, k, v, log_theta, cu = packed([7, 7, 7], 2, 16)
+    padded = [x.unflatten(0, (3, 7)).transpose(1, 2) for x in (q, k, v)]
+    out = distance_attention(*padded, log_theta)
+    torch.testing.assert_close(out.transpose(1, 2).flatten(0, 1), distance_attention(q, k, v, log_theta, cu))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gradients(dropout_p):
+    q, k, v, log_theta, cu = packed([3, 0, 1, 5], 2, 4, grad=True)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, r: distance_attention(q, k, v, r, cu, dropout_p=dropout_p, seed=3), (q, k, v, log_theta)
+    )
+
+
+def test_gradient_of_log_theta_is_zero_beyond_the_longest_distance():
+    q, k, v, log_theta, cu = packed([3, 5], 1, 4, grad=True)
+    distance_attention(q, k, v, log_theta, cu).square().sum().backward()
+    assert (log_theta.grad[:, :5] != 0).all()
+    assert (log_theta.grad[:, 5:] == 0).all()
+
+
+def test_philox_known_answers():
+    """The test vectors published with Random123."""
+    cases = [
+        ([0] * 4, (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, (0xFFFFFFFF,) * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            (0xA4093822, 0x299F31D0),
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ]
+    for counter, key, expected in cases:
+        assert [int(word) for word in philox([torch.tensor(c) for c in counter], key)] == expected
+
+
+def test_dropout_keeps_its_share_and_follows_seed_and_offset():
+    keep = dropout_keep(torch.arange(200), 2, 50, 0.3, seed=5, offset=7)
+    # 20,000 weights: the share kept is within 4.5 standard deviations but once in 150,000 seeds.
+    assert abs(keep.float().mean() - 0.7) < 4.5 * (0.21 / keep.numel()) ** 0.5
+    assert torch.equal(keep, dropout_keep(torch.arange(200), 2, 50, 0.3, seed=5, offset=7))
+    assert not torch.equal(keep, dropout_keep(torch.arange(200), 2, 50, 0.3, seed=5, offset=8))
+    assert not torch.equal(keep, dropout_keep(torch.arange(200), 2, 50, 0.3, seed=6, offset=7))
+    assert torch.equal(keep[50:], dropout_keep(torch.arange(50, 200), 2, 50, 0.3, seed=5, offset=7))
+
+
+@pytest.mark.parametrize("mask_reads", ["keys", "values"])
+def test_module_equals_equations_5_and_6(mask_reads):
+    """Written out with every term of Eq. 6, the cancelling ones included."""
+    torch.manual_seed(0)
+    n, d, heads = 6, 8, 2
+    module = DistanceMaskedAttention(d, heads, n, mask_reads=mask_reads).double()
+    torch.nn.init.normal_(module.distance_weight)
+    x = torch.randn(n, d, dtype=torch.float64)
+    q, k, v = (m(x).unflatten(-1, (heads, d // heads)).transpose(0, 1) for m in (module.query, module.key, module.value))
+    distance = torch.arange(n)[:, None] - torch.arange(n)
+    table = torch.cat([torch.randn(heads, n, d // heads, dtype=torch.float64), module.distance], 1)
+    read = k if mask_reads == "keys" else v
+    summed = q[:, :, None] + read[:, None] + table[:, n + distance]
+    log_theta = (summed * module.distance_weight[:, None, None]).sum(-1) + torch.randn(1, dtype=torch.float64)
+    logits = q @ k.transpose(1, 2) / d**0.5 + log_theta
+    weights = logits.masked_fill(distance < 0, -torch.inf).softmax(-1)
+    expected = module.out((weights @ v).transpose(0, 1).flatten(1))
+    torch.testing.assert_close(module(x, torch.tensor([0, n], dtype=torch.int32)), expected)
+
+
+def test_module_starts_at_theta_one_and_learns_it():
+    torch.manual_seed(0)
+    module = DistanceMaskedAttention(8, 2, 10)
+    x, cu = torch.randn(7, 8), torch.tensor([0, 3, 7], dtype=torch.int32)
+    plain = DistanceMaskedAttention(8, 2, None)
+    plain.load_state_dict(module.state_dict(), strict=False)
+    torch.testing.assert_close(module(x, cu), plain(x, cu))
+    module(x, cu).square().sum().backward()
+    assert (module.distance_weight.grad != 0).any()
+
+
+Q = torch.zeros(5, 2, 4)
+CU = torch.tensor([0, 2, 5], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((Q, Q[:4], Q, None, CU), {}, "agree in shape"),
+        ((Q, Q.double(), Q, None, CU), {}, "dtype"),
+        ((Q, Q, Q), {}, "packed tokens need cu_seqlens"),
+        ((Q, Q, Q, None, CU.long()), {}, "int32"),
+        ((Q, Q, Q, None, CU[:2]), {}, "ascend from 0 to the 5 tokens"),
+        ((Q, Q, Q, None, torch.tensor([0, 4, 2, 5], dtype=torch.int32)), {}, "ascend"),
+        ((Q, Q, Q, torch.zeros(2, 2), CU), {}, "covers distances below 2"),
+        ((Q, Q, Q, torch.zeros(3, 9), CU), {}, r"\(H=2, n_max\)"),
+        ((Q, Q, Q, None, CU), {"max_seqlen": 2}, "has 3 tokens"),
+        ((Q, Q, Q, None, CU), {"dropout_p": 1.0}, "dropout_p"),
+        ((Q, Q, Q, None, CU), {"dropout_p": 0.5}, "needs a seed"),
+    ],
+)
+def test_wrong_input(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        distance_attention(*arguments, **options)
