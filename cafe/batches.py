@@ -77,13 +77,15 @@ class Batches:
             ignore = torch.from_numpy(self._had(rows, negatives))
         else:
             users = rows[sequence]
-            negatives = self.items.sample_excluding(
-                self.seen.indptr, self.seen.items, users, config.negatives, **draw
-            )
+            negatives = self.items.sample_excluding(self.seen.indptr, self.seen.items, users, config.negatives, **draw)
         intent_negatives = None
         if self.intents is not None and self.seen_intents is not None:
             drawn = self.intents.sample_excluding(
-                self.seen_intents.indptr, self.seen_intents.items, rows[sequence], 1, **{**draw, "seed": config.seed + 1}
+                self.seen_intents.indptr,
+                self.seen_intents.items,
+                rows[sequence],
+                1,
+                **{**draw, "seed": config.seed + 1},
             )
             intent_negatives = _long(drawn)
         return Batch(

@@ -24,7 +24,9 @@ Data = Annotated[Path | None, typer.Option(help="Prepared dataset, if not where 
 
 def main() -> None:
     """Entry point: runs the app and turns errors into one clear line."""
-    warnings.showwarning = lambda message, *_, **__: err_console.print(f"[yellow]warning:[/] {message}", highlight=False)
+    warnings.showwarning = lambda message, *_, **__: err_console.print(
+        f"[yellow]warning:[/] {message}", highlight=False
+    )
     try:
         app(standalone_mode=False)
     except typer.Exit as stop:
@@ -59,9 +61,13 @@ def prepare(
     intent_col: Annotated[str, typer.Option(help="Column of the intent (category, seller).")] = "intent",
     separator: Annotated[str, typer.Option(help="Of CSV files.")] = ",",
     min_sequence_length: Annotated[int, typer.Option(min=1, help="Fewest interactions of a user.")] = 1,
-    min_item_count: Annotated[int, typer.Option("--min-item-count", "-k", min=1, help="Fewest interactions of an item.")] = 1,
+    min_item_count: Annotated[
+        int, typer.Option("--min-item-count", "-k", min=1, help="Fewest interactions of an item.")
+    ] = 1,
     duplicates: Annotated[str, typer.Option(help="keep, exact, first or last.")] = "keep",
-    drop_incomplete: Annotated[bool, typer.Option(help="Drop rows with a missing value instead of refusing them.")] = False,
+    drop_incomplete: Annotated[
+        bool, typer.Option(help="Drop rows with a missing value instead of refusing them.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Turn files of interactions and items into a dataset.
@@ -99,7 +105,9 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Adam's learning rate.")] = None,
     dim: Annotated[int | None, typer.Option(min=1, help="Width of embeddings and encoders.")] = None,
     max_len: Annotated[int | None, typer.Option(min=1, help="Longest history read.")] = None,
-    option: Annotated[list[str] | None, typer.Option("--set", help="Any field of the configuration: name=value.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="Any field of the configuration: name=value.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
@@ -120,7 +128,9 @@ def train(
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: no GPU is usable here; leave --device out")
     overrides = {"epochs": epochs, "seed": seed, "batch_size": batch_size, "lr": lr, "dim": dim, "max_len": max_len}
-    overrides = {name: value for name, value in overrides.items() if value is not None} | dict(map(_assignment, option or []))
+    overrides = {name: value for name, value in overrides.items() if value is not None} | dict(
+        map(_assignment, option or [])
+    )
     config = Config(**read_run(out)["config"]) if resume else Config.make(model, preset, **overrides)
     dataset = Dataset.load(data)
     bar = Progress(
@@ -138,12 +148,16 @@ def train(
                 return bar.update(task, completed=event["step"], total=event["steps"], status=status)
             lines.append(event)
             valid = "  ".join(f"{name} {value:.4f}" for name, value in event.get("valid", {}).items())
-            bar.console.print(f"epoch {event['epoch'] + 1:3d}  loss {event.get('loss', 0):.4f}  valid {valid}", highlight=False)
+            bar.console.print(
+                f"epoch {event['epoch'] + 1:3d}  loss {event.get('loss', 0):.4f}  valid {valid}", highlight=False
+            )
 
         fit(config, dataset, out, data=data, resume=resume, device=device, progress=progress)
     best = max((line for line in lines if "valid" in line), key=lambda line: line["valid"]["ndcg@10"], default=None)
     if as_json:
-        return emit({"run": str(out), "model": config.model, "preset": config.preset, "epochs": len(lines), "best": best})
+        return emit(
+            {"run": str(out), "model": config.model, "preset": config.preset, "epochs": len(lines), "best": best}
+        )
     if best:
         out_console.print(
             f"{out}: best validation NDCG@10 {best['valid']['ndcg@10']:.4f} ({config.valid_protocol}) "
@@ -269,7 +283,9 @@ def _recommend_file(recommender: Any, users: Path, out: Path, k: int, as_json: b
         [
             {"user": user, "rank": rank, "item": item, "intent": intent, "score": score}
             for user, answer in zip(ids, answers, strict=True)
-            for rank, (item, intent, score) in enumerate(zip(answer.items, answer.intents, answer.scores, strict=True), 1)
+            for rank, (item, intent, score) in enumerate(
+                zip(answer.items, answer.intents, answer.scores, strict=True), 1
+            )
         ]
     )
     import io

@@ -68,7 +68,9 @@ class Recommender:
         number = self._user_number.get(_as_type(user, self.dataset.user_ids))
         if number is None:
             example = self.dataset.user_ids[0]
-            raise ValueError(f"user {user!r} is not in the dataset (ids look like {example!r}): give a --history instead")
+            raise ValueError(
+                f"user {user!r} is not in the dataset (ids look like {example!r}): give a --history instead"
+            )
         return [self.dataset.item_ids[int(item)] for item in self.dataset.sequences[number]]
 
     def recommend(self, histories: Seq[Seq[Any]], k: int = 10, batch_size: int = 256) -> list[Recommendation]:
@@ -82,8 +84,15 @@ class Recommender:
         """
         if k < 1:
             raise ValueError(f"k={k}: expected at least 1")
-        known = [[self._item_number.get(_as_type(item, self.dataset.item_ids)) for item in history] for history in histories]
-        unknown = [item for history, ids in zip(histories, known, strict=True) for item, i in zip(history, ids, strict=True) if i is None]
+        known = [
+            [self._item_number.get(_as_type(item, self.dataset.item_ids)) for item in history] for history in histories
+        ]
+        unknown = [
+            item
+            for history, ids in zip(histories, known, strict=True)
+            for item, i in zip(history, ids, strict=True)
+            if i is None
+        ]
         if unknown:
             warnings.warn(f"{len(unknown)} unknown item ids skipped, the first is {unknown[0]!r}", stacklevel=2)
         rows = [np.array([i for i in ids if i is not None], np.int64) for ids in known]

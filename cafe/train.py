@@ -116,15 +116,27 @@ def fit(
                 state["loss"] += value
                 tokens += len(batch.items)
                 progress(
-                    {"step": state["step"], "steps": config.epochs * len(batches), "tokens": len(batch.items), "loss": value}
+                    {
+                        "step": state["step"],
+                        "steps": config.epochs * len(batches),
+                        "tokens": len(batch.items),
+                        "loss": value,
+                    }
                 )
                 if interrupted() or time.monotonic() - saved > checkpoint_seconds:
                     _save_last(out, model, optimizer, state)
                     saved = time.monotonic()
                 if interrupted():
-                    raise Interrupted(f"interrupted after step {state['step']}; saved. Go on with: cafe train --resume --out {out}")
+                    raise Interrupted(
+                        f"interrupted after step {state['step']}; saved. Go on with: cafe train --resume --out {out}"
+                    )
             seconds = time.monotonic() - started
-            metrics = {"epoch": epoch, "step": state["step"], "loss": state["loss"] / len(batches), "tokens_per_s": tokens / seconds}
+            metrics = {
+                "epoch": epoch,
+                "step": state["step"],
+                "loss": state["loss"] / len(batches),
+                "tokens_per_s": tokens / seconds,
+            }
             state["loss"] = 0.0
             last_epoch = epoch + 1 == config.epochs
             if (epoch + 1) % config.valid_every == 0 or last_epoch:
@@ -133,7 +145,9 @@ def fit(
                 if better:
                     state |= {"best": metrics["valid"]["ndcg@10"], "best_epoch": epoch, "since_best": 0}
                     save_checkpoint(
-                        out / "best.safetensors", dict(model.state_dict()), {"epoch": epoch, "step": state["step"], **metrics["valid"]}
+                        out / "best.safetensors",
+                        dict(model.state_dict()),
+                        {"epoch": epoch, "step": state["step"], **metrics["valid"]},
                     )
                 else:
                     state["since_best"] += 1
@@ -173,13 +187,17 @@ def read_run(run: Path) -> dict[str, Any]:
     try:
         meta = json.loads((run / "config.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{run} is not a run (no config.json): train one with `cafe train --out {run}`") from None
+        raise FileNotFoundError(
+            f"{run} is not a run (no config.json): train one with `cafe train --out {run}`"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{run / 'config.json'} is damaged ({error})") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise ValueError(f"{run / 'config.json'} does not describe a run of cafe train")
     if meta.get("version") != VERSION:
-        raise ValueError(f"{run} has format version {meta.get('version')}, this release reads {VERSION}: train it again")
+        raise ValueError(
+            f"{run} has format version {meta.get('version')}, this release reads {VERSION}: train it again"
+        )
     return meta
 
 
@@ -193,7 +211,12 @@ def plot_curve(run: Path) -> None:
     left.plot([line["epoch"] + 1 for line in lines], [line["loss"] for line in lines], color="tab:gray")
     right = left.twinx()
     valid = [line for line in lines if "valid" in line]
-    right.plot([line["epoch"] + 1 for line in valid], [line["valid"]["ndcg@10"] for line in valid], color="tab:blue", marker=".")
+    right.plot(
+        [line["epoch"] + 1 for line in valid],
+        [line["valid"]["ndcg@10"] for line in valid],
+        color="tab:blue",
+        marker=".",
+    )
     right.set_ylabel("validation NDCG@10", color="tab:blue")
     left.set_title(run.name)
     figure.savefig(run / "curve.png", dpi=120)
@@ -204,7 +227,13 @@ def _validate(model: Model, dataset: Dataset) -> dict[str, float]:
     config = model.config
     weights = INTENT_WEIGHTS if config.calibrate and config.model == "cafe" else ()
     result = evaluate(
-        model, dataset, "valid", config.valid_protocol, max_users=config.valid_users, intent_weights=weights, batch_size=1024
+        model,
+        dataset,
+        "valid",
+        config.valid_protocol,
+        max_users=config.valid_users,
+        intent_weights=weights,
+        batch_size=1024,
     )
     if not weights:
         return {metric: result.mean(metric) for metric in ("ndcg@10", "hr@10")}
@@ -220,7 +249,9 @@ def _open_run(out: Path, config: Config, dataset: Dataset, data: str | Path | No
         if not resume:
             raise FileExistsError(f"{out} already holds a run: add --resume, or choose another --out")
         if meta["config"] != asdict(config) or meta["fingerprint"] != dataset.fingerprint:
-            raise ValueError(f"{out} was started with another configuration or dataset: resume it with the same options")
+            raise ValueError(
+                f"{out} was started with another configuration or dataset: resume it with the same options"
+            )
         return
     if resume:
         raise FileNotFoundError(f"{out} holds no run to resume: leave --resume out")

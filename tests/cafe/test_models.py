@@ -47,7 +47,9 @@ def test_no_token_sees_what_comes_after_it(dataset):
     states = []
     for tail in ([3, 4], [5, 6]):
         items = torch.tensor([1, 2, *tail])
-        state, coarse = net.encode(items, torch.tensor([0, 4], dtype=torch.int32), 4, torch.zeros(4, dtype=torch.long), 0)
+        state, coarse = net.encode(
+            items, torch.tensor([0, 4], dtype=torch.int32), 4, torch.zeros(4, dtype=torch.long), 0
+        )
         states.append(torch.cat([state, coarse], 1))
     torch.testing.assert_close(states[0][:2], states[1][:2])
     assert not torch.allclose(states[0][2:], states[1][2:])
@@ -61,7 +63,10 @@ def test_cafe_is_the_sum_of_its_encoders_and_ranks_by_the_product(dataset):
     sequence = torch.zeros(len(items), dtype=torch.long)
     fine = net.item_encoder(net.item_embedding[items], cu, len(items), sequence, 0)[-1]
     coarse = net.intent_encoder(net.intent_embedding[net.item_intent[items]], cu, len(items), sequence, 0)[-1]
-    product = torch.sigmoid(net.item_embedding @ (fine + coarse)) * torch.sigmoid(net.intent_embedding @ coarse)[net.item_intent]
+    product = (
+        torch.sigmoid(net.item_embedding @ (fine + coarse))
+        * torch.sigmoid(net.intent_embedding @ coarse)[net.item_intent]
+    )
     scores = net.score(items, cu)
     torch.testing.assert_close(net.join(scores.item, scores.intent[:, net.item_intent])[0].exp(), product)
 

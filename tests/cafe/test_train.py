@@ -28,7 +28,12 @@ def weights(run):
 def run(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     dataset.save(folder / "data")
-    fit(Config.make("cafe", "best", **TINY | {"epochs": 20}, dropout=0.1), dataset, folder / "cafe", data=folder / "data")
+    fit(
+        Config.make("cafe", "best", **TINY | {"epochs": 20}, dropout=0.1),
+        dataset,
+        folder / "cafe",
+        data=folder / "data",
+    )
     return folder
 
 

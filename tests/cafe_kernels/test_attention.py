@@ -25,7 +25,9 @@ def by_loops(q, k, v, log_theta, cu, scale):
     for begin, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
         for head in range(q.shape[1]):
             for i in range(begin, end):
-                logits = torch.stack([q[i, head] @ k[j, head] * scale + log_theta[head, i - j] for j in range(begin, i + 1)])
+                logits = torch.stack(
+                    [q[i, head] @ k[j, head] * scale + log_theta[head, i - j] for j in range(begin, i + 1)]
+                )
                 out[i, head] = logits.softmax(0) @ v[begin : i + 1, head]
     return out
 
@@ -93,7 +95,9 @@ def test_module_equals_equations_5_and_6(mask_reads):
     module = DistanceMaskedAttention(d, heads, n, mask_reads=mask_reads).double()
     torch.nn.init.normal_(module.distance_weight)
     x = torch.randn(n, d, dtype=torch.float64)
-    q, k, v = (m(x).unflatten(-1, (heads, d // heads)).transpose(0, 1) for m in (module.query, module.key, module.value))
+    q, k, v = (
+        m(x).unflatten(-1, (heads, d // heads)).transpose(0, 1) for m in (module.query, module.key, module.value)
+    )
     distance = torch.arange(n)[:, None] - torch.arange(n)
     table = torch.cat([torch.randn(heads, n, d // heads, dtype=torch.float64), module.distance], 1)
     read = k if mask_reads == "keys" else v
