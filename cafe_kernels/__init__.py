@@ -1,1 +1,5 @@
 """Ops and modules of CAFE that know nothing of recommender data."""
+
+from cafe_kernels.sampling import AliasSampler
+
+__all__ = ["AliasSampler"]

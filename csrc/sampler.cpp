@@ -60,10 +60,10 @@ uint32_t quantise(double probability) {  // rounded, but a positive one stays po
 // (Locals in the loops: the compiler must assume that a byte store changes any member.)
 class Marks {
    public:
-    void reserve(int64_t ids) {  // 64 bytes an id or more: at most one first answer in 64 is wrong
+    void reserve(int64_t ids) {  // 128 bytes an id or more: at most one first answer in 128 is wrong
         size_t needed = 1;
         int bits = 0;
-        while (needed < size_t(64 * ids)) needed *= 2, ++bits;
+        while (needed < size_t(128 * ids)) needed *= 2, ++bits;
         if (needed > bytes_.size()) bytes_.assign(needed, 0), shift_ = 32 - bits;
     }
     void set(const int32_t* ids, int64_t n, uint8_t value) {
@@ -136,6 +136,7 @@ class AliasTable {
                 uint64_t place;  // of attempt 1, whose column is on its way to the cache
             };
             std::vector<Rejected> rejected;
+            rejected.reserve(64);
             Marks marks;
             for (int64_t i = first; i < last; ++i) {
                 Row row = row_of(i);
@@ -249,7 +250,9 @@ class AliasTable {
         std::vector<double> cumulative;
 
         bool taken(int32_t id, int64_t j) const {
-            return std::binary_search(history, history + size, id) || (distinct && std::find(out, out + j, id) != out + j);
+            const int32_t* at = history;  // binary search without branches to mispredict
+            for (int64_t n = size; n > 1; n -= n / 2) at += (at[n / 2 - 1] < id) * (n / 2);
+            return (size > 0 && *at == id) || (distinct && std::find(out, out + j, id) != out + j);
         }
 
         int32_t again(int64_t j, uint32_t attempt) {
@@ -323,17 +326,20 @@ class AliasTable {
 
 // What follows checks everything that memory safety rests on; cafe_kernels/sampling explains the rest to the user.
 
+bool aligned(const py::array& a) { return a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_; }
+
 template <class T>
 py::array_t<T> input(const py::array& a, const char* name, const char* dtype) {
-    if (!py::isinstance<py::array_t<T>>(a) || a.ndim() != 1 || !(a.flags() & py::array::c_style))
-        throw py::type_error(std::string(name) + " must be a contiguous 1-D " + dtype + " array, got " +
+    if (!py::isinstance<py::array_t<T>>(a) || a.ndim() != 1 || !(a.flags() & py::array::c_style) || !aligned(a))
+        throw py::type_error(std::string(name) + " must be an aligned contiguous 1-D " + dtype + " array, got " +
                              std::string(py::str(a.dtype())) + " of " + std::to_string(a.ndim()) + " dimensions");
     return py::reinterpret_borrow<py::array_t<T>>(a);
 }
 
 int32_t* output(py::array& a, int64_t size) {
-    if (!py::isinstance<py::array_t<int32_t>>(a) || !(a.flags() & py::array::c_style) || !a.writeable() || a.size() != size)
-        throw py::type_error("out must be a writable contiguous int32 array of " + std::to_string(size) + " elements");
+    if (!py::isinstance<py::array_t<int32_t>>(a) || !(a.flags() & py::array::c_style) || !aligned(a) || !a.writeable() ||
+        a.size() != size)
+        throw py::type_error("out must be a writable aligned contiguous int32 array of " + std::to_string(size) + " elements");
     return static_cast<int32_t*>(a.mutable_data());
 }
 
@@ -399,8 +405,8 @@ void register_sampler(py::module_& m) {
     m.def(
         "philox",
         [](uint64_t seed, uint64_t position, uint32_t attempt, uint32_t stream) {
-            auto w = philox(seed, position, attempt, stream).word;
-            return py::make_tuple(w[0], w[1], w[2], w[3]);
+            Philox block = philox(seed, position, attempt, stream);
+            return py::make_tuple(block.word[0], block.word[1], block.word[2], block.word[3]);
         },
         py::arg("seed"), py::arg("position"), py::arg("attempt") = 0, py::arg("stream") = 0,
         "The four words of one Philox4x32-10 block.");
