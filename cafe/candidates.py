@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cafe.data.dataset import Dataset, Sequences
+from cafe_kernels import AliasSampler
 
 PROTOCOLS = ("aligned", "full", "authors")
 POPULARITIES = ("all", "train")
@@ -122,21 +123,10 @@ def draw_negatives(
         negatives[row, : len(rest)] = rest
     many = np.flatnonzero(left > count)
     if len(many):
-        negatives[many] = _sample_distinct(weights, histories, users[many], count, seed)
+        negatives[many] = AliasSampler(weights).sample_distinct(
+            histories.indptr, histories.items, users[many], count, seed
+        )
     return negatives
-
-
-def _sample_distinct(
-    weights: NDArray[np.integer], histories: Sequences, users: NDArray[np.int64], count: int, seed: int
-) -> NDArray[np.int32]:
-    """Stand-in for AliasSampler.sample_distinct: the `count` largest of log weight + Gumbel noise."""
-    drawn = np.empty((len(users), count), dtype=np.int32)
-    log_weights = np.log(weights, out=np.full(len(weights), -np.inf), where=weights > 0)
-    for row, user in enumerate(users):
-        keys = log_weights + np.random.default_rng([seed, row]).gumbel(size=len(weights))
-        keys[histories[user]] = -np.inf
-        drawn[row] = np.argpartition(-keys, count)[:count]
-    return drawn
 
 
 def other_intents(intents: NDArray[np.integer], num_intents: int, rng: np.random.Generator) -> NDArray[np.int64]:
