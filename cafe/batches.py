@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ class Batches:
         last[sequences.indptr[:-1]] = False
         positives = sequences.items[last]
         sequence = np.repeat(np.arange(len(rows)), lengths)
-        draw = {"seed": config.seed, "offset": step * DRAWS_A_STEP}
+        draw: dict[str, Any] = {"seed": config.seed, "offset": step * DRAWS_A_STEP}
         ignore = None
         if config.negatives_shared == "batch":
             negatives = self.items.sample((config.negatives,), **draw)

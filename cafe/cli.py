@@ -80,7 +80,7 @@ def prepare(
         interactions, items, out, user_col=user_col, item_col=item_col, time_col=time_col, intent_col=intent_col,
         separator=separator, min_sequence_length=min_sequence_length, min_item_count=min_item_count,
         duplicates=duplicates, drop_incomplete=drop_incomplete, progress=lambda step: err_console.print(f"{step} ..."),
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     report = {"out": str(out), "stats": dataset.stats(), "preparation": dataset.preparation}
     if as_json:
         return emit(report)

@@ -18,9 +18,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cafe.batches import Batches, prefetch
@@ -29,6 +31,7 @@ from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.evaluate import evaluate
 from cafe.models import Model, build
+from cafe.models.base import Batch
 
 FORMAT, VERSION = "cafe-run", 1
 INTENT_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
@@ -75,10 +78,10 @@ def fit(
     torch.manual_seed(config.seed)
     model = build(config, dataset).to(device)
     if config.model == "poprec":
-        metrics = {"epoch": 0, "step": 0, "valid": _validate(model, dataset)}
+        line: dict[str, Any] = {"epoch": 0, "step": 0, "loss": 0.0, "valid": _validate(model, dataset)}
         save_checkpoint(out / "best.safetensors", dict(model.state_dict()), {"epoch": 0, "step": 0})
-        write_atomically(out / "metrics.jsonl", (json.dumps(metrics) + "\n").encode())
-        progress(metrics)
+        write_atomically(out / "metrics.jsonl", (json.dumps(line) + "\n").encode())
+        progress(line)
         return model
 
     batches = Batches(config, dataset)
@@ -92,13 +95,10 @@ def fit(
     with _interrupt_flag() as interrupted:
         while not state["done"]:
             epoch, first = divmod(state["step"], len(batches))
-            order, base = batches.order(epoch), epoch * len(batches)
-            size = config.batch_size
+            rows = np.array_split(batches.order(epoch), range(config.batch_size, len(batches.rows), config.batch_size))
+            make = partial(_make, batches, rows, epoch * len(batches))
             started, tokens = time.monotonic(), 0
-            made = prefetch(
-                lambda i, order=order, base=base: batches(order[i * size : (i + 1) * size], base + i),  # type: ignore[misc]
-                range(first, len(batches)),
-            )
+            made = prefetch(make, range(first, len(batches)))
             model.train()
             for batch in made:
                 torch.manual_seed(config.seed * STREAMS + batch.step)
@@ -131,7 +131,7 @@ def fit(
                         f"interrupted after step {state['step']}; saved. Go on with: cafe train --resume --out {out}"
                     )
             seconds = time.monotonic() - started
-            metrics = {
+            metrics: dict[str, Any] = {
                 "epoch": epoch,
                 "step": state["step"],
                 "loss": state["loss"] / len(batches),
@@ -220,6 +220,10 @@ def plot_curve(run: Path) -> None:
     right.set_ylabel("validation NDCG@10", color="tab:blue")
     left.set_title(run.name)
     figure.savefig(run / "curve.png", dpi=120)
+
+
+def _make(batches: Batches, rows: list[np.ndarray], base: int, number: int) -> Batch:
+    return batches(rows[number], base + number)
 
 
 def _validate(model: Model, dataset: Dataset) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What all models share: the interface of scoring, and the batch that training feeds them."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +41,18 @@ class Batch:
     step: int
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(
-            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return Batch(**moved)
 
 
 class Model(nn.Module):
     """Base of all models: knows its configuration and its catalog."""
 
     item_intent: Tensor
+    intent_weight: Tensor
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__()

@@ -58,10 +58,12 @@ def distance_attention(
                 f"without cu_seqlens q must be (B, H, N, D), got {tuple(q.shape)}; packed tokens need cu_seqlens"
             )
         batch, _, length, _ = q.shape
-        packed = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        packed_q, packed_k, packed_v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
         out = distance_attention(
-            *packed,
+            packed_q,
+            packed_k,
+            packed_v,
             log_theta,
             cu_seqlens,
             max_seqlen=length,

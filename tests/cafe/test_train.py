@@ -105,7 +105,7 @@ def test_checkpoints_are_refused_by_name_when_damaged(tmp_path):
     assert state == {"step": 7}
     assert torch.equal(tensors["a"], torch.arange(1000.0))
     content = path.read_bytes()
-    rng = np.random.default_rng(0)
+    rng, outcomes = np.random.default_rng(0), []
     for position in [*rng.integers(8, len(content), 60), len(content) - 1]:
         damaged = bytearray(content)
         damaged[position] ^= 1 << rng.integers(8)
@@ -113,10 +113,13 @@ def test_checkpoints_are_refused_by_name_when_damaged(tmp_path):
         try:
             loaded, state = load_checkpoint(path)
         except ValueError as error:
-            assert "x.safetensors is damaged" in str(error)
+            outcomes.append(str(error))
         else:  # a flipped bit in the header's blanks changes nothing
+            outcomes.append("")
             assert state == {"step": 7}
             assert torch.equal(loaded["a"], torch.arange(1000.0))
+    assert all("x.safetensors is damaged" in outcome for outcome in outcomes if outcome)
+    assert sum(map(bool, outcomes)) > 50
     for size in (0, 5, 100, len(content) - 1):
         path.write_bytes(content[:size])
         with pytest.raises(ValueError, match=r"x\.safetensors is damaged"):
