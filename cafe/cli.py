@@ -9,13 +9,18 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Coarse-to-fine sparse sequential recommendation.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Coarse-to-fine sparse sequential recommendation.",
+)
 out_console, err_console = Console(), Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
@@ -64,7 +69,9 @@ def prepare(
     min_item_count: Annotated[
         int, typer.Option("--min-item-count", "-k", min=1, help="Fewest interactions of an item.")
     ] = 1,
-    duplicates: Annotated[str, typer.Option(help="keep, exact, first or last.")] = "keep",
+    duplicates: Annotated[
+        Literal["keep", "exact", "first", "last"], typer.Option(help="Of a user and an item.")
+    ] = "keep",
     drop_incomplete: Annotated[
         bool, typer.Option(help="Drop rows with a missing value instead of refusing them.")
     ] = False,
@@ -91,6 +98,29 @@ def prepare(
         table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
     out_console.print(table)
     out_console.print_json(data=dataset.preparation, default=str)
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    preset: Annotated[str, typer.Option(help="demo, sparse, amazon or tmall.")] = "demo",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write the files of a simulated shop; amazon and tmall have the counts of the paper's Table 1.
+
+    Planted: a user stays in an intent, moves along a graph of intents, or returns to one of three favourites; within an intent
+    the next item is often a close successor of the last one; popularity is Zipf's. Every item and intent occurs.
+
+    Example: cafe simulate --preset sparse --out shop
+    """
+    from cafe.data.simulate import simulate as run
+
+    paths = {name: str(path) for name, path in run(preset, out, seed).items()}
+    if as_json:
+        emit(paths | {"preset": preset, "seed": seed, "simulated": True})
+    else:
+        out_console.print("simulated: " + ", ".join(paths.values()), highlight=False)
 
 
 @app.command()
@@ -272,7 +302,6 @@ def _recommend_file(recommender: Any, users: Path, out: Path, k: int, as_json: b
     import polars as pl
 
     from cafe.checkpoint import write_atomically
-    from cafe.data.files import read_table  # noqa: F401
 
     frame = pl.read_parquet(users) if users.suffix == ".parquet" else pl.read_csv(users, infer_schema=False)
     if "user" not in frame.columns:
