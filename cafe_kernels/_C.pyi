@@ -10,7 +10,6 @@ class AliasTable:
         indptr: npt.NDArray[np.int64],
         indices: npt.NDArray[np.int32],
         rows: npt.NDArray[np.int64],
-        k: int,
         distinct: bool,
         seed: int,
         offset: int,

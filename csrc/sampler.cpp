@@ -324,27 +324,60 @@ class AliasTable {
     std::unique_ptr<Entry[], void (*)(void*)> entries_;
 };
 
-// What follows checks everything that memory safety rests on; cafe_kernels/sampling explains the rest to the user.
+// What follows checks the arguments. It is done here and not in Python because it costs more there than 1,000 draws.
 
-bool aligned(const py::array& a) { return a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_; }
+std::string describe(const py::handle& value) { return py::str(value); }
+
+uint64_t integer(const py::handle& value, const char* name, uint64_t high) {  // in 0 ... high
+    auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+    if (!index) {
+        PyErr_Clear();
+        throw py::type_error(std::string(name) + " must be an integer, got " + Py_TYPE(value.ptr())->tp_name);
+    }
+    unsigned long long number = PyLong_AsUnsignedLongLong(index.ptr());
+    bool overflow = PyErr_Occurred() != nullptr;  // negative, or 2^64 and more
+    if (overflow) PyErr_Clear();
+    if (overflow || number > high)
+        throw std::invalid_argument(std::string(name) + " must be in 0 ... " + std::to_string(high) + ", got " +
+                                    describe(index));
+    return number;
+}
 
 template <class T>
-py::array_t<T> input(const py::array& a, const char* name, const char* dtype) {
-    if (!py::isinstance<py::array_t<T>>(a) || a.ndim() != 1 || !(a.flags() & py::array::c_style) || !aligned(a))
-        throw py::type_error(std::string(name) + " must be an aligned contiguous 1-D " + dtype + " array, got " +
-                             std::string(py::str(a.dtype())) + " of " + std::to_string(a.ndim()) + " dimensions");
+py::array_t<T> array(const py::handle& value, const char* name) {
+    if (!py::isinstance<py::array>(value))
+        throw py::type_error(std::string(name) + " must be a numpy array, got " + Py_TYPE(value.ptr())->tp_name +
+                             "; for a CPU tensor t pass t.numpy()");
+    auto a = py::reinterpret_borrow<py::array>(value);
+    if (!py::isinstance<py::array_t<T>>(a)) {
+        std::string wanted = describe(py::dtype::of<T>());
+        throw py::type_error(std::string(name) + " must be " + wanted + ", got " + describe(a.dtype()) +
+                             "; convert it once with .astype(numpy." + wanted + ")");
+    }
+    if (!(a.flags() & py::array::c_style) || !(a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_))
+        throw std::invalid_argument(std::string(name) +
+                                    " must be C-contiguous and aligned; make it so once with numpy.ascontiguousarray");
     return py::reinterpret_borrow<py::array_t<T>>(a);
 }
 
-int32_t* output(py::array& a, int64_t size) {
-    if (!py::isinstance<py::array_t<int32_t>>(a) || !(a.flags() & py::array::c_style) || !aligned(a) || !a.writeable() ||
-        a.size() != size)
-        throw py::type_error("out must be a writable aligned contiguous int32 array of " + std::to_string(size) + " elements");
-    return static_cast<int32_t*>(a.mutable_data());
+template <class T>
+py::array_t<T> vector(const py::handle& value, const char* name) {
+    auto a = array<T>(value, name);
+    if (a.ndim() != 1)
+        throw std::invalid_argument(std::string(name) + " must be 1-D, got shape " + describe(a.attr("shape")));
+    return a;
 }
 
-AliasTable make_table(const py::array& probabilities, const std::string& isa) {
-    auto p = input<double>(probabilities, "probabilities", "float64");
+int32_t* output(py::array_t<int32_t>& out) {
+    if (!out.writeable()) throw std::invalid_argument("out must be writable, got a read-only array");
+    return out.mutable_data();
+}
+
+constexpr uint64_t kPositions = uint64_t(1) << 63;
+constexpr uint64_t kMaxSeed = std::numeric_limits<uint64_t>::max();
+
+AliasTable make_table(const py::handle& probabilities, const std::string& isa) {
+    auto p = vector<double>(probabilities, "probabilities");
     if (p.size() < 1 || p.size() > int64_t(1) << 31)
         throw std::invalid_argument("there must be 1 ... 2^31 items, got " + std::to_string(p.size()));
     double sum = 0;
@@ -357,31 +390,35 @@ AliasTable make_table(const py::array& probabilities, const std::string& isa) {
     return AliasTable(p.data(), p.size(), choose_isa(isa));
 }
 
-void sample(const AliasTable& table, uint64_t seed, uint64_t offset, py::array out, int64_t threads) {
-    int64_t n = out.size();
-    int32_t* ids = output(out, n);
+void sample(const AliasTable& table, py::handle seed, py::handle offset, py::handle out, int64_t threads) {
+    auto drawn = array<int32_t>(out, "out");
+    int32_t* ids = output(drawn);
+    int64_t n = drawn.size();
+    uint64_t key = integer(seed, "seed", kMaxSeed), first = integer(offset, "offset", kPositions - n);
     py::gil_scoped_release release;
-    table.sample(seed, offset, n, ids, threads);
+    table.sample(key, first, n, ids, threads);
 }
 
-void sample_rows(const AliasTable& table, const py::array& indptr, const py::array& indices, const py::array& rows,
-                 int64_t k, bool distinct, uint64_t seed, uint64_t offset, py::array out, int64_t threads) {
-    auto starts = input<int64_t>(indptr, "indptr", "int64");
-    auto ids = input<int32_t>(indices, "indices", "int32");
-    auto which = input<int64_t>(rows, "rows", "int64");
+void sample_rows(const AliasTable& table, py::handle indptr, py::handle indices, py::handle rows, bool distinct,
+                 py::handle seed, py::handle offset, py::handle out, int64_t threads) {
+    auto starts = vector<int64_t>(indptr, "indptr");
+    auto ids = vector<int32_t>(indices, "indices");
+    auto which = vector<int64_t>(rows, "rows");
+    auto drawn = array<int32_t>(out, "out");
+    if (drawn.ndim() != 2 || drawn.shape(0) != which.size())
+        throw std::invalid_argument("out must have a row for each of the " + std::to_string(which.size()) +
+                                    " rows, got shape " + describe(drawn.attr("shape")));
     if (starts.size() < 1 || starts.data()[0] != 0 || starts.data()[starts.size() - 1] != ids.size())
         throw std::invalid_argument("indptr must go from 0 to len(indices) = " + std::to_string(ids.size()) +
                                     (starts.size() < 1 ? ", got an empty array"
                                                        : ", got " + std::to_string(starts.data()[0]) + " to " +
                                                              std::to_string(starts.data()[starts.size() - 1])));
-    if (k < 0 || (k > 0 && which.size() > std::numeric_limits<int64_t>::max() / k))
-        throw std::invalid_argument("k must be at least 0, and rows times k below 2^63, got " + std::to_string(k));
-    int32_t* drawn = output(out, which.size() * k);
+    int32_t* result = output(drawn);
+    uint64_t key = integer(seed, "seed", kMaxSeed), first = integer(offset, "offset", kPositions - drawn.size());
     Csr history{starts.data(), starts.size() - 1, ids.data(), ids.size()};
-    const int64_t* row = which.data();
-    int64_t n = which.size();
+    const int64_t *row = which.data(), n = which.size(), k = drawn.shape(1);
     py::gil_scoped_release release;
-    table.sample_rows(history, row, n, k, distinct, seed, offset, drawn, threads);
+    table.sample_rows(history, row, n, k, distinct, key, first, result, threads);
 }
 
 }  // namespace
@@ -390,7 +427,7 @@ void register_sampler(py::module_& m) {
     py::class_<AliasTable>(m, "AliasTable", "The alias table of a law p; see cafe_kernels.AliasSampler.")
         .def(py::init(&make_table), py::arg("probabilities"), py::arg("isa") = "auto", py::keep_alive<1, 2>())
         .def("sample", &sample, py::arg("seed"), py::arg("offset"), py::arg("out"), py::arg("threads"))
-        .def("sample_rows", &sample_rows, py::arg("indptr"), py::arg("indices"), py::arg("rows"), py::arg("k"),
+        .def("sample_rows", &sample_rows, py::arg("indptr"), py::arg("indices"), py::arg("rows"),
              py::arg("distinct"), py::arg("seed"), py::arg("offset"), py::arg("out"), py::arg("threads"))
         .def_property_readonly(
             "entries",

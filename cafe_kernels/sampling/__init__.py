@@ -55,7 +55,9 @@ class AliasSampler:
     def __init__(self, weights: Any, alpha: float = 1.0, num_threads: int | None = None) -> None:
         if num_threads is None:
             num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.num_threads = _integer(num_threads, "num_threads", 1, 1 << 16)
+        if operator.index(num_threads) < 1:
+            raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+        self.num_threads = num_threads
         self._p = _probabilities(weights, alpha)
         self._table = _C.AliasTable(self._p, os.environ.get("CAFE_KERNELS_ISA", "auto"))
 
@@ -103,8 +105,7 @@ class AliasSampler:
         >>> AliasSampler([1, 1, 2]).sample(8, seed=3)
         array([0, 1, 2, 0, 1, 0, 1, 0], dtype=int32)
         """
-        shape = tuple(_integer(n, "shape", 0) for n in (shape if isinstance(shape, tuple | list) else (shape,)))
-        seed, offset, out = _draws(shape, seed, offset, out)
+        out = _output(shape, out)
         self._table.sample(seed, offset, out, self.num_threads)
         return out
 
@@ -160,17 +161,13 @@ class AliasSampler:
     def _sample_rows(
         self, indptr: Any, indices: Any, rows: Any, k: int, distinct: bool, seed: int, offset: int, out: Ids | None
     ) -> Ids:
-        indptr = _typed(indptr, "indptr", np.int64)
-        indices = _typed(indices, "indices", np.int32)
         rows = _array(rows, "rows")
         if rows.dtype.kind not in "iu" and rows.size:
             raise TypeError(f"rows must be integers, got {rows.dtype}")
-        if rows.ndim != 1:
-            raise ValueError(f"rows must be 1-D, got shape {rows.shape}")
-        k = _integer(k, "k", 0)
-        seed, offset, out = _draws((len(rows), k), seed, offset, out)
-        rows = np.ascontiguousarray(rows, dtype=np.int64)
-        self._table.sample_rows(indptr, indices, rows, k, distinct, seed, offset, out, self.num_threads)
+        rows = np.ascontiguousarray(rows, np.int64)
+        out = _output((len(rows), k), out)
+        indptr, indices = _array(indptr, "indptr"), _array(indices, "indices")
+        self._table.sample_rows(indptr, indices, rows, distinct, seed, offset, out, self.num_threads)
         return out
 
 
@@ -201,31 +198,17 @@ def _probabilities(weights: Any, alpha: float) -> npt.NDArray[np.float64]:
     return w
 
 
-def _draws(shape: tuple[int, ...], seed: int, offset: int, out: Ids | None) -> tuple[int, int, Ids]:
-    """Checks what the three ways to draw have in common; the result's array is made where none is given."""
-    seed = _integer(seed, "seed", 0, (1 << 64) - 1)
-    offset = _integer(offset, "offset", 0, (1 << 63) - max(math.prod(shape), 1))
+def _output(shape: int | tuple[int, ...], out: Ids | None) -> Ids:
+    """A new array for the result, or `out` if it has that shape; csrc/sampler.cpp checks the rest."""
     if out is None:
-        return seed, offset, np.empty(shape, np.int32)
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"out must be a numpy array, got {type(out).__name__}; for a CPU tensor t pass t.numpy()")
-    if out.dtype != np.int32:
-        raise TypeError(f"out must be int32, got {out.dtype}")
-    if out.shape != shape:
-        raise ValueError(f"out must have shape {shape}, got {out.shape}")
-    if not (out.flags.c_contiguous and out.flags.writeable):
-        raise ValueError("out must be C-contiguous and writable, not a strided or read-only view")
-    return seed, offset, out
-
-
-def _integer(value: Any, name: str, low: int, high: int = (1 << 63) - 1) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
-    if not low <= number <= high:
-        raise ValueError(f"{name} must be in {low} ... {high}, got {number}")
-    return number
+        try:
+            return np.empty(shape, np.int32)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"the result cannot have shape {shape}: {error}") from None
+    wanted = shape if isinstance(shape, tuple) else (shape,)
+    if isinstance(out, np.ndarray) and out.shape != wanted:
+        raise ValueError(f"out must have shape {wanted}, got {out.shape}")
+    return out
 
 
 def _array(value: Any, name: str) -> npt.NDArray[Any]:
@@ -235,15 +218,3 @@ def _array(value: Any, name: str) -> npt.NDArray[Any]:
         return np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:  # e.g. a tensor on a GPU or one that requires grad
         raise TypeError(f"{name} must be a numpy array or a CPU tensor: {error}") from None
-
-
-def _typed(value: Any, name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
-    array = _array(value, name)
-    if array.dtype != dtype:
-        wanted = np.dtype(dtype).name
-        raise TypeError(f"{name} must be {wanted}, got {array.dtype}; convert it once with {name}.astype(np.{wanted})")
-    if array.ndim != 1:
-        raise ValueError(f"{name} must be 1-D, got shape {array.shape}")
-    if not array.flags.c_contiguous:
-        raise ValueError(f"{name} must be contiguous; make it so once with np.ascontiguousarray({name})")
-    return array

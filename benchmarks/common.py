@@ -1,0 +1,75 @@
+"""What every benchmark shares: contestants timed interleaved in one run, medians, a table of ratios, a JSON record."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def compare(
+    contestants: dict[str, Callable[[Any], Any]], prepare: Callable[[int], Any], seconds: float = 15, rounds: int = 200
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds a call of each contestant, when it goes on calling and when it comes after another one.
+
+    Every round gives each contestant three calls, in a new random order of contestants. The first finds the caches as
+    another one left them, which counts as `after`; the other two count as `steady`. Each call is on a fresh
+    `prepare(number)`, which is not timed. Stops after `rounds` rounds, or after `seconds` once there are 5."""
+    after: dict[str, list[float]] = {name: [] for name in contestants}
+    steady: dict[str, list[float]] = {name: [] for name in contestants}
+    order, shuffle, number, start = list(contestants), np.random.default_rng(0), 0, time.perf_counter()
+    for r in range(rounds):
+        if r >= 5 and time.perf_counter() - start > seconds:
+            break
+        shuffle.shuffle(order)
+        for name in order:
+            for times in (after, steady, steady):
+                given = prepare(number)
+                number += 1
+                began = time.perf_counter()
+                contestants[name](given)
+                times[name].append(time.perf_counter() - began)
+    medians = ({name: statistics.median(t) for name, t in times.items()} for times in (steady, after))
+    return next(medians), next(medians)
+
+
+def table(title: str, steady: dict[str, float], after: dict[str, float], ours: str) -> str:
+    """One line a contestant: its medians, and how many times as long as `ours` it took."""
+    width = max(map(len, steady))
+    lines = [f"{title:<{width}}  {'steady':>16}{'x ours':>9}  {'after another':>16}{'x ours':>9}"]
+    for name in steady:
+        cells = [f"{t[name] * 1e6:>13.1f} us{t[name] / t[ours]:>9.2f}" for t in (steady, after)]
+        lines.append(f"{name:<{width}}  {'  '.join(cells)}")
+    return "\n".join(["", *lines])
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.split(": ")[1] for line in cpuinfo.splitlines() if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def write(name: str, record: dict[str, Any]) -> Path:
+    """results/`name`.json: the machine and `record`; a run that is cut off leaves the former file whole."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({"machine": machine(), **record}, indent=2) + "\n")
+    unfinished.replace(path)
+    return path
