@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -35,23 +36,29 @@ def print_evaluation(
         >>> print_evaluation(Console(), [aligned, full], breakdown="ndcg@10")  # doctest: +SKIP
     """
     many = [evaluations] if isinstance(evaluations, Evaluation) else list(evaluations)
-    table = Table(title="Mean over users, with 95% bootstrap intervals over users")
-    for column in ("model", "protocol", "split", "score"):
-        table.add_column(column)
-    for column in ("users", *metrics):
-        table.add_column(column, justify="right")
     summaries = [evaluation.summary() for evaluation in many]
+    groups: dict[tuple[str, str, int], list[tuple[Evaluation, dict[str, Any]]]] = {}
     for evaluation, summary in zip(many, summaries, strict=True):
-        warn = evaluation.protocol == "authors"
-        parts = [(evaluation.headline, summary)]
-        if evaluation.headline != "item":
-            parts.append(("item", summary["item_score"]))
-        for score, part in parts:
-            cells = [_cell(part["metrics"][metric], part["ci"][metric]) for metric in metrics]
-            protocol = "authors (artefact)" if warn else evaluation.protocol
-            row = [evaluation.label, protocol, evaluation.split, score, f"{len(evaluation.users):,}", *cells]
-            table.add_row(*row, style="yellow" if warn else None)
-    console.print(table)
+        groups.setdefault((evaluation.protocol, evaluation.split, len(evaluation.users)), []).append(
+            (evaluation, summary)
+        )
+    for (protocol, split, users), members in groups.items():
+        artefact = protocol == "authors"
+        table = Table(
+            title=f"{protocol}{' (artefact)' if artefact else ''}, {split}, mean of {users:,} users ± half its 95% interval",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+        )
+        for column in ("model", "score", *metrics):
+            table.add_column(column, justify="right" if column in metrics else "left", no_wrap=True)
+        for evaluation, summary in members:
+            parts = [(evaluation.headline, summary)]
+            if evaluation.headline != "item":
+                parts.append(("item", summary["item_score"]))
+            for score, part in parts:
+                cells = [_cell(part["metrics"][metric], part["ci"][metric]) for metric in metrics]
+                table.add_row(evaluation.label, score, *cells, style="yellow" if artefact else None)
+        console.print(table)
     for evaluation in many:
         if evaluation.short:
             console.print(
@@ -69,28 +76,17 @@ def print_evaluation(
 def print_comparison(console: Console, comparisons: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
     """One table of what `cafe.evaluation.compare` returned, a row each: the relative gain and its 95% interval."""
     many = [comparisons] if isinstance(comparisons, dict) else list(comparisons)
-    table = Table(title="Paired over users: gain = mean a / mean b - 1, with its 95% bootstrap interval")
-    for column in ("a", "b", "protocol", "metric"):
+    table = Table(title="Paired over users: gain = mean / mean of the other - 1 [95% interval]", box=SIMPLE_HEAD)
+    for column in ("model", "against", "protocol", "metric"):
         table.add_column(column)
-    for column in ("mean a", "mean b", "a - b", "gain", "p", "users better / worse"):
-        table.add_column(column, justify="right")
+    for column in ("gain", "p"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in many:
-        gain = "-" if row["ratio"] is None else f"{row['ratio'] - 1:+.1%}"
+        gain = "-" if row["ratio"] is None else f"{row['ratio'] - 1:+.0%}"
         if row["ratio_ci"] is not None:
-            gain += " [{:+.1%}, {:+.1%}]".format(*(bound - 1 for bound in row["ratio_ci"]))
-        table.add_row(
-            row["a"],
-            row["b"],
-            row["protocol"],
-            row["metric"],
-            f"{row['mean_a']:.4f}",
-            f"{row['mean_b']:.4f}",
-            _cell(row["diff"], row["diff_ci"], "+.4f"),
-            gain,
-            f"{row['p']:.3f}",
-            f"{row['better']:.1%} / {row['worse']:.1%}",
-            style="yellow" if row["protocol"] == "authors" else None,
-        )
+            gain += " [{:+.0%}, {:+.0%}]".format(*(bound - 1 for bound in row["ratio_ci"]))
+        cells = (row["a"], row["b"], row["protocol"], row["metric"], gain, f"{row['p']:.3f}")
+        table.add_row(*cells, style="yellow" if row["protocol"] == "authors" else None)
     console.print(table)
     if any(row["protocol"] == "authors" for row in many):
         console.print(f"Warning: {ARTEFACT}", style="bold yellow")
@@ -109,5 +105,5 @@ def _breakdown(evaluation: Evaluation, summary: dict[str, Any], metric: str) -> 
     return table
 
 
-def _cell(value: float, ci: Sequence[float], form: str = ".4f") -> str:
-    return f"{value:{form}} [{ci[0]:{form}}, {ci[1]:{form}}]"
+def _cell(value: float, ci: Sequence[float]) -> str:
+    return f"{value:.4f} ±{(ci[1] - ci[0]) / 2:.4f}".replace("0.", ".")
