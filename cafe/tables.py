@@ -106,4 +106,4 @@ def _breakdown(evaluation: Evaluation, summary: dict[str, Any], metric: str) -> 
 
 
 def _cell(value: float, ci: Sequence[float]) -> str:
-    return f"{value:.4f} ±{(ci[1] - ci[0]) / 2:.4f}".replace("0.", ".")
+    return f"{value:.4f} ±{(ci[1] - ci[0]) / 2:.3f}".replace("0.", ".")

@@ -550,7 +550,7 @@ def test_tables(dataset, evaluations):
     assert "artefact" not in text
     summary = evaluations[0].summary()
     low, high = summary["ci"]["mrr"]
-    assert f"{summary['metrics']['mrr']:.4f} ±{(high - low) / 2:.4f}".replace("0.", ".") in text
+    assert f"{summary['metrics']['mrr']:.4f} ±{(high - low) / 2:.3f}".replace("0.", ".") in text
     print_evaluation(console, evaluate(constant(dataset), dataset, protocol="authors"))
     text = console.export_text()
     assert "authors (artefact)" in text
