@@ -46,7 +46,9 @@ class Model(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """Raw item and intent logits for what follows each packed history; no candidates: all items, all intents."""
 
-    def join(self, item_logits: Tensor, intent_logits: Tensor | None, weight: float | None = None) -> Tensor:
+    def join(
+        self, item_logits: Tensor, intent_logits: Tensor | None, weight: float | None = None, protocol: str = "full"
+    ) -> Tensor:
         """The joint score; the item logits where there are no intents."""
 
 
@@ -96,7 +98,7 @@ def evaluate(
         ...     config = SimpleNamespace(max_len=50)
         ...     def score(self, items, cu_seqlens, candidates=None, candidate_intents=None):
         ...         return torch.arange(4.0).expand(len(cu_seqlens) - 1, 4), None
-        ...     def join(self, item_logits, intent_logits):
+        ...     def join(self, item_logits, intent_logits, weight=None, protocol="full"):
         ...         return item_logits
         >>> dataset = Dataset(Sequences(np.array([0, 3, 6]), np.array([0, 1, 3, 3, 0, 1], np.int32)),
         ...                   np.array([0, 0, 1, 1], np.int32), pl.Series(["ann", "bo"]), pl.Series(list("abcd")),
@@ -185,7 +187,7 @@ def _count_batch(
     scores = {"item": item}
     if intent is not None:
         intent = intent.float()
-        scores["joint"] = item + intent if protocol == "authors" else model.join(item, intent)
+        scores["joint"] = item + intent if protocol == "authors" else model.join(item, intent, protocol=protocol)
         scores |= {f"joint*{weight}": model.join(item, intent, weight) for weight in intent_weights}
     where = [torch.from_numpy(index).to(device) for index in (columns, skip_rows, skip_columns)]
     return {score: count_above(values, *where) for score, values in scores.items()}

@@ -31,10 +31,11 @@ from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.evaluate import evaluate
 from cafe.models import Model, build
-from cafe.models.base import Batch
+from cafe.models.base import RANKINGS, Batch
 
 FORMAT, VERSION = "cafe-run", 1
 INTENT_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
+SCORES_TO_CALIBRATE = 10**8  # scores (users times items) that fitting the weight for the whole catalog may compute
 STREAMS = 2**31  # seeds of steps: seed * STREAMS + step
 
 
@@ -158,7 +159,7 @@ def fit(
             saved = time.monotonic()
             progress(metrics | {"best_epoch": state["best_epoch"]})
     plot_curve(out)
-    model.load_state_dict(load_checkpoint(out / "best.safetensors")[0])
+    _calibrate(model, dataset, out)
     return model.eval()
 
 
@@ -226,24 +227,39 @@ def _make(batches: Batches, rows: list[np.ndarray], base: int, number: int) -> B
     return batches(rows[number], base + number)
 
 
-def _validate(model: Model, dataset: Dataset) -> dict[str, float]:
+def _validate(
+    model: Model, dataset: Dataset, protocol: str | None = None, users: int | None = None
+) -> dict[str, float]:
     """NDCG@10 on the validation answers; where the configuration says so, the intent's weight is fitted first."""
     config = model.config
+    protocol = protocol or config.valid_protocol
     weights = INTENT_WEIGHTS if config.calibrate and config.model == "cafe" else ()
     result = evaluate(
         model,
         dataset,
         "valid",
-        config.valid_protocol,
-        max_users=config.valid_users,
+        protocol,
+        max_users=users or config.valid_users,
         intent_weights=weights,
         batch_size=1024,
     )
     if not weights:
         return {metric: result.mean(metric) for metric in ("ndcg@10", "hr@10")}
     best = max(weights, key=lambda weight: result.mean("ndcg@10", f"joint*{weight}"))
-    model.intent_weight.fill_(best)
+    model.intent_weight[RANKINGS.index(protocol)] = best
     return {metric: result.mean(metric, f"joint*{best}") for metric in ("ndcg@10", "hr@10")} | {"intent_weight": best}
+
+
+def _calibrate(model: Model, dataset: Dataset, out: Path) -> None:
+    """Loads the best checkpoint and fits the weights of the rankings that validation did not fit, on as many users as is cheap."""
+    tensors, state = load_checkpoint(out / "best.safetensors")
+    model.load_state_dict(tensors)
+    if not model.config.calibrate or model.config.model != "cafe" or "calibrated" in state:
+        return
+    users = max(200, min(model.config.valid_users, SCORES_TO_CALIBRATE // dataset.num_items))
+    for protocol in set(RANKINGS) - {model.config.valid_protocol}:
+        state["calibrated"] = {protocol: _validate(model, dataset, protocol, users)}
+    save_checkpoint(out / "best.safetensors", dict(model.state_dict()), state)
 
 
 def _open_run(out: Path, config: Config, dataset: Dataset, data: str | Path | None, resume: bool) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from cafe.config import Config
 from cafe.data.dataset import Dataset
 
+RANKINGS = ("full", "aligned")  # the rankings that `intent_weight` has a weight for
+
 
 class Scores(NamedTuple):
     """Raw logits: of items (B, candidates), and of intents or None for a model without intents."""
@@ -59,7 +61,7 @@ class Model(nn.Module):
         self.config = config
         self.num_items, self.num_intents = dataset.num_items, dataset.num_intents
         self.register_buffer("item_intent", torch.from_numpy(dataset.item_intent.astype("int64")), persistent=False)
-        self.register_buffer("intent_weight", torch.ones(()))
+        self.register_buffer("intent_weight", torch.ones(len(RANKINGS)))
 
     def score(
         self,
@@ -78,10 +80,13 @@ class Model(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__}.score")
 
-    def join(self, item_logits: Tensor, intent_logits: Tensor | None, weight: float | None = None) -> Tensor:
+    def join(
+        self, item_logits: Tensor, intent_logits: Tensor | None, weight: float | None = None, protocol: str = "full"
+    ) -> Tensor:
         """The joint score of items and their intents (Eq. 10): the item logits where there are no intents.
 
         weight: of the intent, in place of the calibrated `intent_weight`.
+        protocol: which of the two weights; candidates drawn by popularity and the whole catalog want different ones.
         """
         return item_logits
 

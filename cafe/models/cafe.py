@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from cafe.config import Config
 from cafe.data.dataset import Dataset
-from cafe.models.base import Batch
+from cafe.models.base import RANKINGS, Batch
 from cafe.models.blocks import Encoder
 from cafe.models.sasrec import SASRec
 from cafe_kernels.losses import sampled_bce
@@ -56,9 +56,13 @@ class CAFE(SASRec):
         logits = (rows @ coarse.unsqueeze(-1)).squeeze(-1)
         return sampled_bce(logits[:, 0], logits[:, 1:], batch.intent_negatives == positives[:, None])
 
-    def join(self, item_logits: Tensor, intent_logits: Tensor | None, weight: float | None = None) -> Tensor:
+    def join(
+        self, item_logits: Tensor, intent_logits: Tensor | None, weight: float | None = None, protocol: str = "full"
+    ) -> Tensor:
         """Eq. 10's logarithm, the intent's part times `intent_weight` (1 unless calibrated)."""
         assert intent_logits is not None
         if self.config.join == "log_sigmoid":
             item_logits, intent_logits = logsigmoid(item_logits), logsigmoid(intent_logits)
-        return item_logits + (self.intent_weight if weight is None else weight) * intent_logits
+        if weight is None:
+            return item_logits + self.intent_weight[RANKINGS.index(protocol)] * intent_logits
+        return item_logits + weight * intent_logits

@@ -68,7 +68,7 @@ class Fake:
                 )
         return item, intent
 
-    def join(self, item_logits, intent_logits):
+    def join(self, item_logits, intent_logits, weight=None, protocol="full"):
         return item_logits if intent_logits is None else logsigmoid(item_logits) + logsigmoid(intent_logits)
 
 
@@ -367,7 +367,7 @@ def test_a_torch_module_is_scored_in_eval_mode_and_put_back(dataset):
             assert not torch.is_grad_enabled()
             return torch.zeros(candidates.shape, dtype=torch.bfloat16), None
 
-        def join(self, item_logits, intent_logits):
+        def join(self, item_logits, intent_logits, weight=None, protocol="full"):
             raise AssertionError("no intents, nothing to join")
 
     module, seen = Module().train(), []
