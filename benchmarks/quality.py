@@ -42,10 +42,10 @@ PAIRS = (
 )
 
 
-def run(name: str, seed: int, data: Path, work: Path) -> Path:
+def run(name: str, seed: int, data: Path) -> Path:
     """Trains and ranks one recipe with one seed, unless it is there; returns its folder."""
     model, preset, options = RECIPES[name]
-    out = work / data.name / f"{name.replace('`', '').replace(' ', '_').replace(',', '')}-{seed}"
+    out = data.parent / f"{name.replace('`', '').replace(' ', '_').replace(',', '')}-{seed}"
     if not (out / "test-full.npz").exists():
         dataset = Dataset.load(data)
         resume = (out / "config.json").exists()
@@ -104,7 +104,7 @@ def report(folders: list[Path], work: Path, seeds: int) -> str:
         ]
         for protocol in ("aligned", "full"):
             results = {
-                name: [Evaluation.load(run(name, seed, data, work) / f"test-{protocol}.npz") for seed in range(seeds)]
+                name: [Evaluation.load(run(name, seed, data) / f"test-{protocol}.npz") for seed in range(seeds)]
                 for name in RECIPES
             }
             lines += ["", f"### {protocol}", "", *table(results, None)]
@@ -138,7 +138,7 @@ def main(
             prepare(folder / "interactions.csv.gz", folder / "items.csv.gz", data)
         for seed in range(seeds_from, seeds):
             for name in RECIPES:
-                run(name, seed, data, work)
+                run(name, seed, data)
     if seeds_from == 0:
         write_atomically(Path(__file__).with_name("RESULTS.md"), report(folders, work, seeds).encode())
         print(json.dumps({"written": "benchmarks/RESULTS.md"}))
