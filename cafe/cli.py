@@ -234,6 +234,7 @@ def compare(
     split: Annotated[str, typer.Option()] = "test",
     seed: Annotated[int, typer.Option()] = 0,
     max_users: Annotated[int | None, typer.Option(min=1)] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to draw the comparison in.")] = None,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
@@ -253,6 +254,10 @@ def compare(
             print_evaluation(out_console, results)
             if gains:
                 print_comparison(out_console, gains)
+    if plot is not None:
+        from cafe.plots import plot_comparison
+
+        plot_comparison(report, metric, plot)
     if as_json:
         emit(report)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 RUNS = {
     "poprec": "--model poprec --preset paper",
-    "sasrec": "--model sasrec --preset paper --set dim=64 --epochs 40",
+    "sasrec": "--model sasrec --preset paper --set dim=64 --epochs 60",
     "cafe-paper": "--model cafe --preset paper --set dim=64 --epochs 40",
     "cafe-best": "--model cafe --preset best --epochs 30",
 }
@@ -35,12 +35,18 @@ def main() -> None:
     cafe("prepare --interactions demo/files/interactions.csv.gz --items demo/files/items.csv.gz --out demo/data")
     for name, options in RUNS.items():
         cafe(f"train --data demo/data --out demo/{name} {options}")
-    cafe("compare " + " ".join(f"demo/{name}" for name in ("sasrec", "poprec", "cafe-paper", "cafe-best")))
+    cafe(
+        "compare "
+        + " ".join(f"demo/{name}" for name in ("sasrec", "poprec", "cafe-paper", "cafe-best"))
+        + " --plot demo/comparison.png"
+    )
     from cafe.data.dataset import Dataset
 
     user = Dataset.load("demo/data").user_ids[0]
     cafe(f"recommend --run demo/cafe-best --user {shlex.quote(str(user))} -k 5")
-    print(f"\nDone in {time.monotonic() - started:.0f} s. Simulated data; runs, metrics and curves are in demo/.")
+    print(
+        f"\nDone in {time.monotonic() - started:.0f} s. Simulated data; runs, metrics, curves and the comparison (demo/comparison.png) are in demo/."
+    )
 
 
 if __name__ == "__main__":

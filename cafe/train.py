@@ -32,6 +32,7 @@ from cafe.data.dataset import Dataset
 from cafe.evaluate import evaluate
 from cafe.models import Model, build
 from cafe.models.base import RANKINGS, Batch
+from cafe.plots import plot_curve
 
 FORMAT, VERSION = "cafe-run", 1
 INTENT_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
@@ -200,27 +201,6 @@ def read_run(run: Path) -> dict[str, Any]:
             f"{run} has format version {meta.get('version')}, this release reads {VERSION}: train it again"
         )
     return meta
-
-
-def plot_curve(run: Path) -> None:
-    """curve.png: training loss and validation NDCG@10 by epoch, from metrics.jsonl."""
-    from matplotlib.figure import Figure
-
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    left = figure.add_subplot(xlabel="epoch", ylabel="training loss")
-    left.plot([line["epoch"] + 1 for line in lines], [line["loss"] for line in lines], color="tab:gray")
-    right = left.twinx()
-    valid = [line for line in lines if "valid" in line]
-    right.plot(
-        [line["epoch"] + 1 for line in valid],
-        [line["valid"]["ndcg@10"] for line in valid],
-        color="tab:blue",
-        marker=".",
-    )
-    right.set_ylabel("validation NDCG@10", color="tab:blue")
-    left.set_title(run.name)
-    figure.savefig(run / "curve.png", dpi=120)
 
 
 def _make(batches: Batches, rows: list[np.ndarray], base: int, number: int) -> Batch:

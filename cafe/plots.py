@@ -1,0 +1,66 @@
+"""The pictures: a run's learning curve, and runs compared."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from cafe.checkpoint import write_atomically
+
+
+def plot_curve(run: Path) -> None:
+    """curve.png of a run folder: training loss and validation NDCG@10 by epoch, from metrics.jsonl."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    valid = [line for line in lines if "valid" in line]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    left = figure.add_subplot(xlabel="epoch", ylabel="training loss", title=run.name)
+    left.plot([line["epoch"] + 1 for line in lines], [line["loss"] for line in lines], color="tab:gray")
+    right = left.twinx()
+    right.plot(
+        [line["epoch"] + 1 for line in valid],
+        [line["valid"]["ndcg@10"] for line in valid],
+        color="tab:blue",
+        marker=".",
+    )
+    right.set_ylabel("validation NDCG@10", color="tab:blue")
+    right.set_ylim(bottom=0)
+    _save(figure, run / "curve.png")
+
+
+def plot_comparison(report: dict[str, Any], metric: str, path: Path) -> None:
+    """Bars with 95% intervals: one panel a protocol, one bar a model and score.
+
+    report: {protocol: {"runs": [summary, ...]}}, as `cafe compare --json` prints it.
+    """
+    figure = Figure(figsize=(4.5 * len(report), 3.6), layout="constrained")
+    for panel, (protocol, part) in enumerate(report.items(), 1):
+        bars: list[tuple[str, dict[str, Any]]] = []
+        for summary in part["runs"]:
+            name = summary["model"] if summary["model"] == "PopRec" else f"{summary['model']} {summary['preset']}"
+            if "item_score" in summary and summary["score"] != "item":
+                bars += [(f"{name}, joint", summary), (f"{name}, item", summary["item_score"])]
+            else:
+                bars.append((name, summary))
+        values = [bar["metrics"][metric] for _, bar in bars]
+        errors = _errors(values, [bar["ci"][metric] for _, bar in bars])
+        axes = figure.add_subplot(1, len(report), panel, title=protocol, xlabel=metric.upper())
+        colors = ["tab:blue" if "joint" in name else "tab:gray" for name, _ in bars]
+        axes.barh([name for name, _ in bars], values, xerr=errors, color=colors, error_kw={"capsize": 3})
+        axes.invert_yaxis()
+    _save(figure, path)
+
+
+def _errors(values: Sequence[float], intervals: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [
+        [v - low for v, (low, _) in zip(values, intervals, strict=True)],
+        [high - v for v, (_, high) in zip(values, intervals, strict=True)],
+    ]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    write_atomically(path, buffer.getvalue())
