@@ -45,7 +45,8 @@ def main() -> None:
     user = Dataset.load("demo/data").user_ids[0]
     cafe(f"recommend --run demo/cafe-best --user {shlex.quote(str(user))} -k 5")
     print(
-        f"\nDone in {time.monotonic() - started:.0f} s. Simulated data; runs, metrics, curves and the comparison (demo/comparison.png) are in demo/."
+        f"\nDone in {time.monotonic() - started:.0f} s. Simulated data; "
+        "runs, metrics, curves and the comparison (demo/comparison.png) are in demo/."
     )
 
 

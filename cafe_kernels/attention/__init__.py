@@ -1,12 +1,31 @@
-"""`distance_attention`: causal attention with a learned per-head log-theta distance bias on packed sequences (Eq. 5-6)."""
+"""`distance_attention`: causal attention with a learned per-head log-theta distance bias on packed sequences (Eq. 5-6).
+
+One rule chooses the backend: the argument, else CAFE_KERNELS_BACKEND, else `triton` for tensors on a GPU, `cpu` for float32
+and bfloat16 on the CPU, and `reference` for everything else.
+"""
+
+import os
 
 import torch
 from torch import Tensor
 
-from cafe_kernels.attention import reference
+from cafe_kernels.attention import ops, reference
 from cafe_kernels.attention.module import DistanceMaskedAttention
 
 __all__ = ["DistanceMaskedAttention", "distance_attention"]
+
+
+def choose_backend(q: Tensor, backend: str | None) -> str:
+    """The backend that will run, or a ValueError that says why it cannot."""
+    name = backend or os.environ.get("CAFE_KERNELS_BACKEND") or None
+    if name is None:
+        fast = "triton" if q.is_cuda else "cpu"
+        return "reference" if ops.backend_module(fast).unavailable(q) else fast
+    if name != "reference" and name not in ops.BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: expected reference, {', '.join(ops.BACKENDS)}")
+    if name != "reference" and (reason := ops.backend_module(name).unavailable(q)):
+        raise ValueError(f"backend {name!r} cannot run: {reason}")
+    return name
 
 
 def distance_attention(
@@ -18,20 +37,26 @@ def distance_attention(
     *,
     max_seqlen: int | None = None,
     scale: float | None = None,
+    window: int | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
     offset: int = 0,
+    backend: str | None = None,
 ) -> Tensor:
     """Causal attention whose weights are softmax_j(scale * q_i . k_j + log_theta[i - j]), per sequence and head.
 
     Args:
         q, k, v: (total, H, D) packed tokens with `cu_seqlens`, or (B, H, N, D) padded to one length without.
-        log_theta: (H, n_max), the bias by distance i - j, n_max at least the longest sequence; None means zero (plain attention).
+        log_theta: (H, n_max) float32 (or q's dtype), the bias by distance i - j, n_max at least the longest sequence;
+            None means zero (plain attention).
         cu_seqlens: int32 (B + 1), where each sequence begins; from 0 to total. Sequences may be empty.
-        max_seqlen: the longest sequence, to spare its computation.
+        max_seqlen: the longest sequence, to spare its computation. On a GPU, where looking at values waits for all work before
+            them, cu_seqlens is checked only without it.
         scale: factor of q . k; default 1 / sqrt(D).
+        window: each token sees itself and at most so many tokens before it; None means all.
         dropout_p: share of the attention weights dropped, by Philox keyed with (seed, offset).
-        seed: needed with dropout; the same seed and offset give the same mask.
+        seed: needed with dropout; the same seed and offset give the same mask on every backend.
+        backend: "reference" (PyTorch, any dtype), "cpu" (C++), "triton"; None chooses.
 
     Returns:
         A tensor of q's shape and dtype.
@@ -52,62 +77,60 @@ def distance_attention(
             "q, k and v must agree in shape, dtype and device, got "
             + ", ".join(f"{n} {tuple(t.shape)} {t.dtype} on {t.device}" for n, t in (("q", q), ("k", k), ("v", v)))
         )
+    if not q.is_floating_point():
+        raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if cu_seqlens is None:
         if q.dim() != 4:
             raise ValueError(
                 f"without cu_seqlens q must be (B, H, N, D), got {tuple(q.shape)}; packed tokens need cu_seqlens"
             )
         batch, _, length, _ = q.shape
-        packed_q, packed_k, packed_v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
         out = distance_attention(
-            packed_q,
-            packed_k,
-            packed_v,
-            log_theta,
-            cu_seqlens,
-            max_seqlen=length,
-            scale=scale,
-            dropout_p=dropout_p,
-            seed=seed,
-            offset=offset,
-        )
+            q, k, v, log_theta, cu_seqlens, max_seqlen=length, scale=scale, window=window,
+            dropout_p=dropout_p, seed=seed, offset=offset, backend=backend,
+        )  # fmt: skip
         return out.unflatten(0, (batch, length)).transpose(1, 2)
 
     if q.dim() != 3:
         raise ValueError(f"with cu_seqlens q must be (total, H, D), got {tuple(q.shape)}")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
-        raise ValueError(f"cu_seqlens must be int32 (B + 1), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
-    lengths = cu_seqlens.diff()
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(q) or (lengths < 0).any():
-        raise ValueError(f"cu_seqlens must ascend from 0 to the {len(q)} tokens of q, got {cu_seqlens.tolist()[:8]}...")
-    longest = int(lengths.max()) if len(lengths) else 0
-    if max_seqlen is None:
-        max_seqlen = longest
-    elif max_seqlen < longest:
-        raise ValueError(f"max_seqlen={max_seqlen} but a sequence has {longest} tokens")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.device != q.device:
+        raise ValueError(
+            f"cu_seqlens must be int32 (B + 1) on {q.device}, "
+            f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
+        )
+    if max_seqlen is not None and max_seqlen < 0:
+        raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
     if log_theta is not None:
-        if log_theta.dim() != 2 or log_theta.shape[0] != q.shape[1]:
-            raise ValueError(f"log_theta must be (H={q.shape[1]}, n_max), got {tuple(log_theta.shape)}")
-        if log_theta.shape[1] < longest:
+        if log_theta.dim() != 2 or log_theta.shape[0] != q.shape[1] or not log_theta.is_floating_point():
             raise ValueError(
-                f"a sequence has {longest} tokens but log_theta covers distances below {log_theta.shape[1]}"
+                f"log_theta must be (H={q.shape[1]}, n_max) of floats, got {log_theta.dtype} {tuple(log_theta.shape)}"
             )
+        if log_theta.device != q.device:
+            raise ValueError(f"log_theta is on {log_theta.device}, q on {q.device}")
+        if max_seqlen is not None and log_theta.shape[1] < max_seqlen:
+            raise ValueError(f"max_seqlen={max_seqlen} but log_theta covers distances below {log_theta.shape[1]}")
+    if window is not None and window < 0:
+        raise ValueError(f"window must not be negative, got {window}; None sees all")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p and seed is None:
         raise ValueError("dropout needs a seed: the same (seed, offset) draws the same mask on every backend")
-    if len(q) == 0:
-        return torch.zeros_like(v)
-    return reference.distance_attention(
-        q,
-        k,
-        v,
-        log_theta,
-        cu_seqlens,
-        max_seqlen,
-        q.shape[-1] ** -0.5 if scale is None else scale,
-        dropout_p,
-        seed or 0,
-        offset,
-    )
+    seed = seed or 0
+    if not (0 <= seed < 2**63 and 0 <= offset < 2**63):
+        raise ValueError(f"seed and offset must be in [0, 2^63), got {seed} and {offset}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = choose_backend(q, backend)
+    if chosen == "reference":
+        longest = ops.longest_sequence(cu_seqlens, len(q), max_seqlen or 0, log_theta)
+        return reference.distance_attention(
+            q, k, v, log_theta, cu_seqlens, longest, scale, window, dropout_p, seed, offset
+        )
+    out, _ = ops.forward_op(
+        q, k, v, None if log_theta is None else log_theta.float(), cu_seqlens, max_seqlen or 0,
+        scale, -1 if window is None else window, dropout_p, seed, offset, chosen,
+    )  # fmt: skip
+    return out

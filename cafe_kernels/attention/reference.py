@@ -1,6 +1,6 @@
 """Distance-mask attention in plain PyTorch: the truth that the fast backends are tested against.
 
-    out_i = sum_j softmax_j(scale * q_i . k_j + log_theta[i - j]) v_j        over j <= i, i - j < window
+    out_i = sum_j softmax_j(scale * q_i . k_j + log_theta[i - j]) v_j        over 0 <= i - j <= window
 
 Causal attention with a Toeplitz bias per head. Eq. 5-6 of CAFE reduce to it exactly: softmax over j is blind to what does
 not depend on j, so Q_i . W_L and b_L cancel, K_j . W_L joins the query, and D . W_L is a function of i - j alone.
@@ -55,12 +55,15 @@ def distance_attention(
     cu_seqlens: Tensor,
     max_seqlen: int,
     scale: float,
+    window: int | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
     offset: int = 0,
 ) -> Tensor:
     """q, k, v (total, H, D); log_theta (H, n_max) or None; returns (total, H, D). Any float dtype, fp64 included."""
     total, heads, _ = q.shape
+    if total == 0:
+        return torch.zeros_like(v)
     lengths = cu_seqlens.diff().long()
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), lengths, output_size=total)
     token = torch.arange(total, device=q.device)
@@ -75,7 +78,8 @@ def distance_attention(
     logits = pad(q) @ pad(k).transpose(-1, -2) * scale
     if log_theta is not None:
         logits = logits + log_theta[:, distance.clamp(min=0)].to(logits.dtype)
-    weights = logits.masked_fill(distance < 0, float("-inf")).softmax(-1)
+    hidden = (distance < 0) | (distance > (max_seqlen if window is None else window))
+    weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
     if dropout_p:
         keep = dropout_keep(token, heads, max_seqlen, dropout_p, seed, offset)
         weights = weights * pad(keep.to(weights.dtype)) / (1 - dropout_p)

@@ -20,24 +20,26 @@ def packed(lengths, heads, dim, dtype=torch.float64, grad=False):
     return q, k, v, log_theta, cu
 
 
-def by_loops(q, k, v, log_theta, cu, scale):
+def by_loops(q, k, v, log_theta, cu, scale, window=None):
     out = torch.zeros_like(v)
     for begin, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
         for head in range(q.shape[1]):
             for i in range(begin, end):
+                first = begin if window is None else max(begin, i - window)
                 logits = torch.stack(
-                    [q[i, head] @ k[j, head] * scale + log_theta[head, i - j] for j in range(begin, i + 1)]
+                    [q[i, head] @ k[j, head] * scale + log_theta[head, i - j] for j in range(first, i + 1)]
                 )
-                out[i, head] = logits.softmax(0) @ v[begin : i + 1, head]
+                out[i, head] = logits.softmax(0) @ v[first : i + 1, head]
     return out
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize(("heads", "dim"), [(1, 20), (2, 16)])
-def test_equals_loops(lengths, heads, dim):
+@pytest.mark.parametrize("window", [None, 0, 3])
+def test_equals_loops(lengths, heads, dim, window):
     q, k, v, log_theta, cu = packed(lengths, heads, dim)
-    out = distance_attention(q, k, v, log_theta, cu, scale=0.3)
-    torch.testing.assert_close(out, by_loops(q, k, v, log_theta, cu, 0.3), rtol=1e-10, atol=1e-10)
+    out = distance_attention(q, k, v, log_theta, cu, scale=0.3, window=window)
+    torch.testing.assert_close(out, by_loops(q, k, v, log_theta, cu, 0.3, window), rtol=1e-10, atol=1e-10)
 
 
 def test_padded_call_equals_packed():
@@ -136,6 +138,8 @@ CU = torch.tensor([0, 2, 5], dtype=torch.int32)
         ((Q, Q, Q, torch.zeros(2, 2), CU), {}, "covers distances below 2"),
         ((Q, Q, Q, torch.zeros(3, 9), CU), {}, r"\(H=2, n_max\)"),
         ((Q, Q, Q, None, CU), {"max_seqlen": 2}, "has 3 tokens"),
+        ((Q, Q, Q, None, CU), {"window": -1}, "window must not be negative"),
+        ((Q, Q, Q, None, CU), {"backend": "cuda"}, "unknown backend"),
         ((Q, Q, Q, None, CU), {"dropout_p": 1.0}, "dropout_p"),
         ((Q, Q, Q, None, CU), {"dropout_p": 0.5}, "needs a seed"),
     ],

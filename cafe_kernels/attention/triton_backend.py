@@ -1,0 +1,7 @@
+"""The Triton backend of distance_attention (not written yet)."""
+
+from torch import Tensor
+
+
+def unavailable(q: Tensor) -> str | None:
+    return "it is not written yet"
