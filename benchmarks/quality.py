@@ -25,10 +25,10 @@ from cafe.train import fit, load_run
 
 RECIPES = {
     "PopRec": ("poprec", "paper", {}),
-    "SASRec `paper`": ("sasrec", "paper", {"dim": 64, "patience": 8}),
+    "SASRec `paper`": ("sasrec", "paper", {"dim": 64}),
     "SASRec `best`": ("sasrec", "best", {}),
     "SASRec `best` + composed items": ("sasrec", "best", {"compose_items": True}),
-    "CAFE `paper`": ("cafe", "paper", {"dim": 64, "patience": 8}),
+    "CAFE `paper`": ("cafe", "paper", {"dim": 64}),
     "CAFE `best`": ("cafe", "best", {}),
     "CAFE `best`, no mask": ("cafe", "best", {"distance_mask": False}),
 }

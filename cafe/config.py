@@ -47,7 +47,7 @@ class Config:
     lr: float = 1e-3
     weight_decay: float = 0.0  # decoupled
     epochs: int = 100
-    patience: int = 5  # validations without a better one before stopping
+    patience: int = 10  # validations without a better one before stopping
     valid_every: int = 1  # epochs between validations
     valid_protocol: Literal["aligned", "full"] = "aligned"
     valid_users: int = 10_000  # validate on at most so many users

@@ -56,36 +56,51 @@ uint32_t quantise(double probability) {  // rounded, but a positive one stays po
     return uint32_t(std::min(std::max(std::floor(probability * 0x1p32 + 0.5), 1.0), 0x1p32 - 1));
 }
 
-// One byte for each of many hash values, set where an id of a row hashes to it: a fast first answer to "was this id seen?"
+// A set of ids that answers "was this id seen?" fast and now and then wrongly with yes: one byte for each of many hash
+// values, which holds the set's number where an id of the set hashes to it. A new number empties the set.
 // (Locals in the loops: the compiler must assume that a byte store changes any member.)
 class Marks {
    public:
-    void reserve(int64_t ids) {  // 128 bytes an id or more: at most one first answer in 128 is wrong
+    void clear(int64_t ids) {  // and make room for so many: 128 bytes each or more, so 1 answer in 128 is wrong
         size_t needed = 1;
         int bits = 0;
-        while (needed < size_t(128 * ids)) needed *= 2, ++bits;
-        if (needed > bytes_.size()) bytes_.assign(needed, 0), shift_ = 32 - bits;
+        while (needed < size_t(64 * ids)) needed *= 2, ++bits;
+        if (needed > bytes_.size()) bytes_.assign(needed, 0), shift_ = 32 - bits, number_ = 0;
+        if (++number_ == 0) std::fill(bytes_.begin(), bytes_.end(), 0), number_ = 1;
     }
-    void set(const int32_t* ids, int64_t n, uint8_t value) {
-        uint8_t* bytes = bytes_.data();
+    void add(const int32_t* ids, int64_t n) {
+        uint8_t *bytes = bytes_.data(), number = number_;
         const int shift = shift_;
-        for (int64_t i = 0; i < n; ++i) bytes[slot(ids[i], shift)] = value;
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < n; ++i) bytes[slot(ids[i], shift)] = number;
     }
-    // The first j of start ... n - 1 with ids[j] marked, or n.
-    int64_t find(const int32_t* ids, int64_t start, int64_t n) const {
-        const uint8_t* bytes = bytes_.data();
+    bool has(int32_t id) const { return bytes_[slot(id, shift_)] == number_; }
+    // Writes tag + j for each j < n with has(ids[j]), and returns how many: without a branch, which would be mispredicted.
+    int64_t find(const int32_t* ids, int64_t n, int64_t tag, int64_t* found) const {
+        const uint8_t *bytes = bytes_.data(), number = number_;
         const int shift = shift_;
-        while (start < n && !bytes[slot(ids[start], shift)]) ++start;
-        return start;
+        int64_t count = 0;
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < n; ++j) {
+            found[count] = tag + j;
+            count += bytes[slot(ids[j], shift)] == number;
+        }
+        return count;
     }
-    bool has(int32_t id) const { return bytes_[slot(id, shift_)]; }
 
    private:
     static size_t slot(int32_t id, int shift) { return uint64_t(uint32_t(id) * 2654435769u) >> shift; }
 
     std::vector<uint8_t> bytes_{0};
+    uint8_t number_ = 0;
     int shift_ = 32;
 };
+
+// Binary search in ascending ids, without branches to mispredict.
+bool contains(const int32_t* ids, int64_t size, int32_t id) {
+    for (int64_t n = size; n > 1; n -= n / 2) ids += (ids[n / 2 - 1] < id) * (n / 2);
+    return size > 0 && *ids == id;
+}
 
 struct Csr {
     const int64_t* indptr;
@@ -131,35 +146,38 @@ class AliasTable {
                 return Row{*this,          history.indices + begin, end - begin, distinct, k, seed, offset + i * k,
                            out + i * k, rows,                    i,           {},       {}};
             };
-            struct Rejected {
-                int64_t i, j;
-                uint64_t place;  // of attempt 1, whose column is on its way to the cache
-            };
-            std::vector<Rejected> rejected;
-            rejected.reserve(64);
             Marks marks;
+            std::vector<int64_t> found(distinct ? 0 : (last - first) * k + 1);  // indices in out that are perhaps seen
+            int64_t count = 0;
             for (int64_t i = first; i < last; ++i) {
-                Row row = row_of(i);
-                check_ids(row.history, row.size, rows, i);
-                marks.reserve(row.size + (distinct ? k : 0));
-                marks.set(row.history, row.size, 1);
-                if (distinct) {
-                    for (int64_t j = 0; j < k; ++j) {
-                        if (marks.has(row.out[j]) && row.taken(row.out[j], j)) row.out[j] = row.again(j, 1);
-                        marks.set(row.out + j, 1, 1);
-                    }
-                    marks.set(row.out, k, 0);
-                } else {
-                    for (int64_t j = marks.find(row.out, 0, k); j < k; j = marks.find(row.out, j + 1, k))
-                        if (row.taken(row.out[j], j)) rejected.push_back({i, j, prepare_one(seed, row.position + j, 1)});
+                const int64_t begin = history.indptr[rows[i]], size = history.indptr[rows[i] + 1] - begin;
+                check_ids(history.indices + begin, size, rows, i);
+                marks.clear(size + (distinct ? k : 0));
+                marks.add(history.indices + begin, size);
+                if (!distinct) {
+                    count += marks.find(out + i * k, k, i * k, &found[count]);
+                    continue;
                 }
-                marks.set(row.history, row.size, 0);
+                Row row = row_of(i);
+                for (int64_t j = 0; j < k; ++j) {
+                    if (marks.has(row.out[j]) && row.taken(row.out[j], j)) row.out[j] = row.again(j, 1);
+                    marks.add(row.out + j, 1);
+                }
             }
-            for (size_t r = 0; r < rejected.size();) {
-                Row row = row_of(rejected[r].i);
-                for (; r < rejected.size() && rejected[r].i == row.index; ++r) {
-                    int64_t j = rejected[r].j;
-                    row.out[j] = resolve(rejected[r].place);
+            // Attempt 1 for those found, again without branches: its column is on its way while the next one is looked at.
+            std::vector<uint64_t> places(count + 1);
+            int64_t rejected = 0;
+            for (int64_t f = 0; f < count; ++f) {
+                int64_t at = found[f], row = rows[at / k];
+                places[rejected] = prepare_one(seed, offset + at, 1);
+                found[rejected] = at;
+                rejected += contains(history.indices + history.indptr[row], history.indptr[row + 1] - history.indptr[row], out[at]);
+            }
+            for (int64_t f = 0; f < rejected;) {
+                Row row = row_of(found[f] / k);
+                for (; f < rejected && found[f] < (row.index + 1) * k; ++f) {
+                    int64_t j = found[f] - row.index * k;
+                    row.out[j] = resolve(places[f]);
                     if (row.taken(row.out[j], j)) row.out[j] = row.again(j, 2);
                 }
             }
@@ -250,9 +268,7 @@ class AliasTable {
         std::vector<double> cumulative;
 
         bool taken(int32_t id, int64_t j) const {
-            const int32_t* at = history;  // binary search without branches to mispredict
-            for (int64_t n = size; n > 1; n -= n / 2) at += (at[n / 2 - 1] < id) * (n / 2);
-            return (size > 0 && *at == id) || (distinct && std::find(out, out + j, id) != out + j);
+            return contains(history, size, id) || (distinct && std::find(out, out + j, id) != out + j);
         }
 
         int32_t again(int64_t j, uint32_t attempt) {
