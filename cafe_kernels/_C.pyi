@@ -21,3 +21,40 @@ def philox(seed: int, position: int, attempt: int = 0, stream: int = 0) -> tuple
 def philox_bits(
     seed: int, position: int, attempt: int, stream: int, blocks_of_8: int, isa: str = "auto"
 ) -> npt.NDArray[np.uint64]: ...
+def attention_forward(
+    q: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    k: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    v: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    log_theta: npt.NDArray[np.float32] | None,
+    cu_seqlens: npt.NDArray[np.int32],
+    out: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    lse: npt.NDArray[np.float32],
+    scale: float,
+    window: int,
+    dropout_p: float,
+    seed: int,
+    offset: int,
+    threads: int,
+    isa: str = "auto",
+) -> None: ...
+def attention_backward(
+    grad_out: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    q: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    k: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    v: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    log_theta: npt.NDArray[np.float32] | None,
+    cu_seqlens: npt.NDArray[np.int32],
+    out: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    lse: npt.NDArray[np.float32],
+    dq: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    dk: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    dv: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    dlog_theta: npt.NDArray[np.float32] | None,
+    scale: float,
+    window: int,
+    dropout_p: float,
+    seed: int,
+    offset: int,
+    threads: int,
+    isa: str = "auto",
+) -> None: ...

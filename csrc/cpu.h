@@ -13,7 +13,7 @@ enum class Isa { portable, avx2, avx512 };
 
 inline bool has(Isa isa) {
 #ifdef CAFE_X86
-    if (isa == Isa::avx2) return __builtin_cpu_supports("avx2");
+    if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (isa == Isa::avx512) return __builtin_cpu_supports("avx512f");
 #endif
     return isa == Isa::portable;

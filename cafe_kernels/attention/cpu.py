@@ -1,7 +1,66 @@
-"""The C++ backend of distance_attention (not written yet)."""
+"""The C++ backend of distance_attention (csrc/attention.cpp): float32 and bfloat16 on the CPU.
 
+It uses up to torch.get_num_threads() threads, fewer for little work; the numbers do not depend on how many.
+The environment variable CAFE_KERNELS_ISA (auto, portable, avx2 or avx512) forces a code path.
+"""
+
+import os
+from typing import Any
+
+import torch
 from torch import Tensor
+
+from cafe_kernels import _C
 
 
 def unavailable(q: Tensor) -> str | None:
-    return "it is not written yet"
+    if q.device.type != "cpu":
+        return f"it runs on the CPU, q is on {q.device}"
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16, got {q.dtype}; use backend='reference'"
+    return None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_theta: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *options: Any,  # scale, window, dropout_p, seed, offset
+) -> tuple[Tensor, Tensor]:
+    out, lse = torch.empty_like(q), torch.empty(q.shape[1], q.shape[0])
+    arrays = [_array(x) for x in (q, k, v, log_theta, cu_seqlens, out, lse)]
+    _C.attention_forward(*arrays, *options, **_machine())
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_theta: Tensor | None,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    max_seqlen: int,
+    *options: Any,  # as above
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    dq, dk, dv = (torch.empty_like(q) for _ in range(3))
+    dlog_theta = None if log_theta is None else torch.empty_like(log_theta)
+    arrays = [_array(x) for x in (grad_out, q, k, v, log_theta, cu_seqlens, out, lse, dq, dk, dv, dlog_theta)]
+    _C.attention_backward(*arrays, *options, **_machine())
+    return dq, dk, dv, dlog_theta
+
+
+def _array(x: Tensor | None) -> Any:
+    if x is None:
+        return None
+    x = x.detach()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _machine() -> dict[str, Any]:
+    return {"threads": torch.get_num_threads(), "isa": os.environ.get("CAFE_KERNELS_ISA", "auto")}

@@ -1,0 +1,290 @@
+// Distance attention on packed sequences, per sequence and head (Eq. 5-6 of CAFE, reduced to a bias by distance):
+//   S_ij = scale * q_i . k_j + log_theta[i - j],  0 <= i - j <= window     P_ij = exp(S_ij - lse_i)
+//   out_i = sum_j M_ij P_ij v_j                  lse_i = log sum_j exp(S_ij)
+// and backward, with g the gradient of out and delta_i = g_i . out_i,
+//   dS_ij = P_ij (M_ij g_i . v_j - delta_i)      dlog_theta[t] = sum of dS_ij over i - j = t
+//   dq_i = scale * sum_j dS_ij k_j    dk_j = scale * sum_i dS_ij q_i    dv_j = sum_i M_ij P_ij g_i
+// M is dropout's mask: 1 / (1 - p) where it keeps a weight, else 0; both directions draw it from Philox, nothing stores it.
+// Queries go in blocks of kQueries, keys in blocks of kKeys with the softmax rescaled between them (Milakov and
+// Gimelshein, "Online normalizer calculation for softmax", 2018), so that no more than a tile of weights exists.
+//
+// The unit of work is a head of a fixed group of sequences. Each has its own sum for dlog_theta, which are added in order:
+// no number depends on how many threads there are.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "parallel.h"
+#include "philox.h"
+
+namespace py = pybind11;
+
+namespace cafe {
+namespace {
+
+constexpr int64_t kQueries = 96, kKeys = 192;
+constexpr int64_t kGroups = 64;         // of sequences, at most
+constexpr double kPerThread = 4e6;      // multiply-adds that are worth a thread
+constexpr int64_t kMargin = 64;         // more than vectors read before and after the biases
+
+struct Bf16 {
+    uint16_t bits;
+};
+
+struct Problem {
+    int64_t total, heads, dim, sequences, longest;
+    const int32_t* cu_seqlens;
+    const float* bias;  // bias[h * bias_stride + longest - 1 - t] = log_theta[h][t], -inf for t < 0 and t > window
+    int64_t bias_stride;
+    float scale;
+    int64_t window;
+    uint32_t threshold;  // 0: no dropout
+    float keep_scale;    // 1 / (1 - p)
+    uint64_t seed, offset;
+};
+
+template <class T>
+struct Tensors {
+    const T *q, *k, *v;
+    T* out;
+    float* lse;
+};
+
+template <class T>
+struct Gradients {
+    const T *grad_out, *q, *k, *v, *out;
+    const float* lse;
+    T *dq, *dk, *dv;
+    float* dbias;  // null: not wanted
+};
+
+struct Rows {
+    const float* x;
+    int64_t stride;
+};
+
+// Memory of one thread, kept from one piece of work to the next.
+class Room {
+   public:
+    void reset(int64_t floats) {
+        next_ = 0;
+        if (floats + 16 > int64_t(memory_.size())) memory_.assign(floats + 16, 0);
+    }
+    float* take(int64_t floats) {  // on a cache line of its own
+        float* start = memory_.data() + (-(reinterpret_cast<uintptr_t>(memory_.data()) / 4) & 15) + next_;
+        next_ += (floats + 15) / 16 * 16;
+        return start;
+    }
+
+   private:
+    std::vector<float> memory_;
+    int64_t next_ = 0;
+};
+thread_local Room room;
+
+// A wide vector in a function's type warns about the ABI; these functions are all inlined or local.
+#pragma GCC diagnostic ignored "-Wpsabi"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC bug 105593: its own AVX-512 header sets it off
+
+#ifdef CAFE_X86
+#define CAFE_ISA avx512
+#define CAFE_TARGET __attribute__((target("avx512f")))
+#define CAFE_WIDTH 16
+#define CAFE_ROWS 8
+#define CAFE_MULTIPLY(a, b) (Pairs) _mm512_mul_epu32((__m512i)(a), (__m512i)(b))
+#include "attention_kernel.h"
+
+#define CAFE_ISA avx2
+#define CAFE_TARGET __attribute__((target("avx2,fma")))
+#define CAFE_WIDTH 8
+#define CAFE_ROWS 6
+#define CAFE_MULTIPLY(a, b) (Pairs) _mm256_mul_epu32((__m256i)(a), (__m256i)(b))
+#include "attention_kernel.h"
+#endif
+
+#define CAFE_ISA portable
+#define CAFE_TARGET
+#define CAFE_WIDTH 4
+#define CAFE_ROWS 6
+#ifdef CAFE_X86
+#define CAFE_MULTIPLY(a, b) (Pairs) _mm_mul_epu32((__m128i)(a), (__m128i)(b))
+#else
+#define CAFE_MULTIPLY(a, b) ((a) & 0xFFFFFFFF) * ((b) & 0xFFFFFFFF)
+#endif
+#include "attention_kernel.h"
+
+template <class T>
+void forward(Isa isa, const Problem& p, const Tensors<T>& t, int64_t sequence, int64_t head) {
+#ifdef CAFE_X86
+    if (isa == Isa::avx512) return avx512::forward(p, t, sequence, head, room);
+    if (isa == Isa::avx2) return avx2::forward(p, t, sequence, head, room);
+#endif
+    portable::forward(p, t, sequence, head, room);
+}
+
+template <class T>
+void backward(Isa isa, const Problem& p, const Gradients<T>& t, int64_t sequence, int64_t head, float* dbias) {
+#ifdef CAFE_X86
+    if (isa == Isa::avx512) return avx512::backward(p, t, sequence, head, dbias, room);
+    if (isa == Isa::avx2) return avx2::backward(p, t, sequence, head, dbias, room);
+#endif
+    portable::backward(p, t, sequence, head, dbias, room);
+}
+
+// f(group, head, sequence) for all of them; one thread has all sequences of a (group, head), in order.
+template <class F>
+void for_each(const Problem& p, int64_t threads, const F& f) {
+    double work = 0;
+    for (int64_t s = 0; s < p.sequences; ++s) {
+        double n = p.cu_seqlens[s + 1] - p.cu_seqlens[s];
+        work += n * (n + 32) * double(p.dim * p.heads);
+    }
+    const int64_t groups = std::min(kGroups, p.sequences);
+    parallel_for(groups * p.heads, std::min(threads, int64_t(work / kPerThread) + 1), [&](int64_t block) {
+        const int64_t group = block / p.heads, head = block % p.heads;
+        for (int64_t s = group * p.sequences / groups; s < (group + 1) * p.sequences / groups; ++s) f(group, head, s);
+    });
+}
+
+// What follows checks the arguments and prepares the biases.
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+using Seqlens = Array<int32_t>;
+
+std::string shape_of(const py::array& a) { return py::str(a.attr("shape")); }
+
+void expect(const char* name, const py::array& a, std::vector<int64_t> shape) {
+    if (a.ndim() == py::ssize_t(shape.size()) && std::equal(shape.begin(), shape.end(), a.shape())) return;
+    throw std::invalid_argument(std::string(name) + " must have shape " +
+                                std::string(py::str(py::tuple(py::cast(shape)))) + ", got " + shape_of(a));
+}
+
+struct Arguments {
+    Problem problem;
+    std::vector<float> biases;
+    int64_t covered;  // columns of log_theta
+    Isa isa;
+};
+
+Arguments check(const py::array& q, const std::optional<Array<float>>& log_theta, const Seqlens& cu_seqlens, double scale,
+                int64_t window, double dropout_p, uint64_t seed, uint64_t offset, int64_t threads,
+                const std::string& isa) {
+    if (q.ndim() != 3) throw std::invalid_argument("q must be (total, heads, dim), got shape " + shape_of(q));
+    if (cu_seqlens.ndim() != 1 || cu_seqlens.size() < 1)
+        throw std::invalid_argument("cu_seqlens must be (sequences + 1), got shape " + shape_of(cu_seqlens));
+    if (!(dropout_p >= 0 && dropout_p < 1))
+        throw std::invalid_argument("dropout_p must be in [0, 1), got " + std::to_string(dropout_p));
+    if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+    Arguments a;
+    Problem& p = a.problem;
+    a.isa = choose_isa(isa);
+    p.total = q.shape(0), p.heads = q.shape(1), p.dim = q.shape(2), p.sequences = cu_seqlens.size() - 1;
+    p.cu_seqlens = cu_seqlens.data(), p.longest = 0;
+    bool ascends = p.cu_seqlens[0] == 0 && p.cu_seqlens[p.sequences] == p.total;
+    for (int64_t s = 0; s < p.sequences; ++s) {
+        int64_t n = int64_t(p.cu_seqlens[s + 1]) - p.cu_seqlens[s];
+        ascends &= n >= 0;
+        p.longest = std::max(p.longest, n);
+    }
+    if (!ascends)
+        throw std::invalid_argument("cu_seqlens must ascend from 0 to the " + std::to_string(p.total) + " tokens of q");
+    if (log_theta && (log_theta->ndim() != 2 || log_theta->shape(0) != p.heads || log_theta->shape(1) < p.longest))
+        throw std::invalid_argument("log_theta must have shape (" + std::to_string(p.heads) + ", n >= " +
+                                    std::to_string(p.longest) + "), the heads of q and the longest sequence; got " +
+                                    shape_of(*log_theta));
+    a.covered = log_theta ? log_theta->shape(1) : 0;
+    p.scale = float(scale);
+    p.window = window < 0 ? p.longest : window;
+    p.threshold = uint32_t(std::min(std::nearbyint(dropout_p * 0x1p32), 0x1p32 - 1));
+    p.keep_scale = float(1 / (1 - dropout_p));
+    p.seed = seed, p.offset = offset;
+    p.bias_stride = p.longest + kMargin;
+    a.biases.assign(p.heads * p.bias_stride, -std::numeric_limits<float>::infinity());
+    for (int64_t h = 0; h < p.heads; ++h)
+        for (int64_t t = 0; t < p.longest && t <= p.window; ++t)
+            a.biases[h * p.bias_stride + p.longest - 1 - t] = log_theta ? log_theta->data()[h * a.covered + t] : 0;
+    p.bias = a.biases.data();
+    return a;
+}
+
+template <class T, class Word>
+void attention_forward(Array<Word> q, Array<Word> k, Array<Word> v, std::optional<Array<float>> log_theta, Seqlens cu_seqlens,
+                       Array<Word> out, Array<float> lse, double scale, int64_t window, double dropout_p, uint64_t seed,
+                       uint64_t offset, int64_t threads, const std::string& isa) {
+    const Arguments a = check(q, log_theta, cu_seqlens, scale, window, dropout_p, seed, offset, threads, isa);
+    const Problem& p = a.problem;
+    for (auto [name, x] : {std::pair{"k", &k}, {"v", &v}, {"out", &out}}) expect(name, *x, {p.total, p.heads, p.dim});
+    expect("lse", lse, {p.heads, p.total});
+    auto data = [](const Array<Word>& x) { return reinterpret_cast<const T*>(x.data()); };
+    const Tensors<T> t{data(q), data(k), data(v), reinterpret_cast<T*>(out.mutable_data()), lse.mutable_data()};
+    py::gil_scoped_release release;
+    for_each(p, threads, [&](int64_t, int64_t head, int64_t s) { forward(a.isa, p, t, s, head); });
+}
+
+template <class T, class Word>
+void attention_backward(Array<Word> grad_out, Array<Word> q, Array<Word> k, Array<Word> v,
+                        std::optional<Array<float>> log_theta, Seqlens cu_seqlens, Array<Word> out, Array<float> lse,
+                        Array<Word> dq, Array<Word> dk, Array<Word> dv, std::optional<Array<float>> dlog_theta,
+                        double scale, int64_t window, double dropout_p, uint64_t seed, uint64_t offset, int64_t threads,
+                        const std::string& isa) {
+    const Arguments a = check(q, log_theta, cu_seqlens, scale, window, dropout_p, seed, offset, threads, isa);
+    const Problem& p = a.problem;
+    for (auto [name, x] : {std::pair{"grad_out", &grad_out}, {"k", &k}, {"v", &v}, {"out", &out}, {"dq", &dq}, {"dk", &dk},
+                           {"dv", &dv}})
+        expect(name, *x, {p.total, p.heads, p.dim});
+    expect("lse", lse, {p.heads, p.total});
+    if (log_theta.has_value() != dlog_theta.has_value())
+        throw std::invalid_argument("log_theta and dlog_theta must both be given, or neither");
+    if (dlog_theta) expect("dlog_theta", *dlog_theta, {p.heads, a.covered});
+    auto data = [](const Array<Word>& x) { return reinterpret_cast<const T*>(x.data()); };
+    auto result = [](Array<Word>& x) { return reinterpret_cast<T*>(x.mutable_data()); };
+    float* sums = dlog_theta ? dlog_theta->mutable_data() : nullptr;
+    const Gradients<T> t{data(grad_out), data(q), data(k), data(v), data(out), lse.data(), result(dq), result(dk), result(dv), sums};
+    py::gil_scoped_release release;
+    const int64_t groups = std::min(kGroups, p.sequences), size = p.longest + kMargin;
+    std::vector<float> partial(sums ? groups * p.heads * size : 0);
+    for_each(p, threads, [&](int64_t group, int64_t head, int64_t s) {
+        backward(a.isa, p, t, s, head, sums ? &partial[(group * p.heads + head) * size + kMargin] : nullptr);
+    });
+    if (!sums) return;
+    std::fill_n(sums, p.heads * a.covered, 0.0f);
+    for (int64_t group = 0; group < groups; ++group)
+        for (int64_t head = 0; head < p.heads; ++head)
+            for (int64_t i = 0; i < p.longest; ++i)
+                sums[head * a.covered + i] += partial[(group * p.heads + head) * size + kMargin + p.longest - 1 - i];
+}
+
+template <class T, class Word>
+void bind(py::module_& m) {
+    m.def("attention_forward", &attention_forward<T, Word>, py::arg("q").noconvert(), py::arg("k").noconvert(),
+          py::arg("v").noconvert(), py::arg("log_theta").noconvert(), py::arg("cu_seqlens").noconvert(),
+          py::arg("out").noconvert(), py::arg("lse").noconvert(), py::arg("scale"), py::arg("window"),
+          py::arg("dropout_p"), py::arg("seed"), py::arg("offset"), py::arg("threads"), py::arg("isa") = "auto",
+          "Fills out and lse; see cafe_kernels.attention. uint16 arrays hold bfloat16.");
+    m.def("attention_backward", &attention_backward<T, Word>, py::arg("grad_out").noconvert(), py::arg("q").noconvert(),
+          py::arg("k").noconvert(), py::arg("v").noconvert(), py::arg("log_theta").noconvert(),
+          py::arg("cu_seqlens").noconvert(), py::arg("out").noconvert(), py::arg("lse").noconvert(),
+          py::arg("dq").noconvert(), py::arg("dk").noconvert(), py::arg("dv").noconvert(),
+          py::arg("dlog_theta").noconvert(), py::arg("scale"), py::arg("window"), py::arg("dropout_p"), py::arg("seed"),
+          py::arg("offset"), py::arg("threads"), py::arg("isa") = "auto", "Fills dq, dk, dv and dlog_theta.");
+}
+
+}  // namespace
+
+void register_attention(py::module_& m) {
+    bind<float, float>(m);
+    bind<Bf16, uint16_t>(m);
+}
+
+}  // namespace cafe

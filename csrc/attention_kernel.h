@@ -1,0 +1,383 @@
+// One sequence and head of distance attention, forward and backward, for one instruction set. attention.cpp includes this
+// file once for each, with CAFE_ISA (the namespace), CAFE_TARGET, CAFE_WIDTH (floats in a vector), CAFE_ROWS (rows of a
+// register tile) and CAFE_MULTIPLY (the 64-bit products of the low halves of 64-bit lanes) set. The equations are there.
+//
+// All work is matrix products of a strip of kRows rows, whose sums stay in registers, with the rows' softmax in between
+// while the strip is in the first-level cache. What is read as vectors (the right factor of a product) is first packed
+// into panels: two vectors of columns, rows one after another, zeros where a vector is not full.
+namespace CAFE_ISA {
+
+#define TARGET CAFE_TARGET
+#define INLINE CAFE_TARGET __attribute__((always_inline)) inline
+
+constexpr int W = CAFE_WIDTH, kRows = CAFE_ROWS, kPanel = 2 * W;
+constexpr int64_t kStride = kKeys + W;  // of a tile of weights: W zeros between rows, for add_diagonals
+static_assert(kQueries % kRows == 0 && kKeys % kQueries == 0 && kKeys % kPanel == 0, "blocks must fit each other");
+
+typedef float Vector __attribute__((vector_size(4 * W)));
+typedef float Unaligned __attribute__((vector_size(4 * W), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(4 * W)));
+typedef uint32_t Words __attribute__((vector_size(4 * W)));
+typedef uint64_t Pairs __attribute__((vector_size(4 * W)));  // the W / 2 counters of Philox, or pairs of its words
+typedef uint32_t UnalignedWords __attribute__((vector_size(4 * W), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2)));
+
+INLINE Vector load(const float* x) { return *reinterpret_cast<const Unaligned*>(x); }
+INLINE void store(float* x, Vector v) { *reinterpret_cast<Unaligned*>(x) = v; }
+
+INLINE Vector load(const Bf16* x) {
+    return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(x), Words) << 16);
+}
+INLINE void store(Bf16* x, Vector v) {  // rounds to nearest, ties to even; a NaN stays one
+    Words bits = (Words)v, rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    *reinterpret_cast<Halves*>(x) = __builtin_convertvector(v == v ? rounded : (bits >> 16 | 0x40), Halves);
+}
+
+template <class T>
+INLINE Vector load(const T* x, int64_t count) {  // zeros from count on
+    if (count >= W) return load(x);
+    T part[W] = {};
+    for (int64_t l = 0; l < count; ++l) part[l] = x[l];
+    return load(part);
+}
+
+template <class T>
+INLINE void store(T* x, Vector v, int64_t count) {
+    if (count >= W) return store(x, v);
+    T part[W];
+    store(part, v);
+    for (int64_t l = 0; l < count; ++l) x[l] = part[l];
+}
+
+// Transposes the square of n vectors of n lanes: for each bit of the indices, rows without the bit swap their lanes with
+// it for the lanes without it of the rows with it.
+template <int S, class V, int... L>
+INLINE void swap_blocks(V& a, V& b, std::integer_sequence<int, L...>) {
+    constexpr int n = sizeof...(L);
+    V low = __builtin_shufflevector(a, b, ((L & S) ? n + L - S : L)...);
+    b = __builtin_shufflevector(a, b, ((L & S) ? n + L : L + S)...);
+    a = low;
+}
+
+template <int S = 1, class V, int N>
+INLINE void transpose(V (&v)[N]) {
+    if constexpr (S < N) {
+#pragma GCC unroll 16
+        for (int r = 0; r < N; ++r)
+            if (!(r & S)) swap_blocks<S>(v[r], v[r + S], std::make_integer_sequence<int, N>());
+        transpose<2 * S>(v);
+    }
+}
+
+template <int S, int... L>
+INLINE Vector rotate(Vector v, std::integer_sequence<int, L...>) {
+    return __builtin_shufflevector(v, v, (L ^ S)...);
+}
+
+INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+template <int S = W / 2>
+INLINE float max_of(Vector v) {
+    v = larger(v, rotate<S>(v, std::make_integer_sequence<int, W>()));
+    if constexpr (S > 1) return max_of<S / 2>(v);
+    else return v[0];
+}
+
+template <int S = W / 2>
+INLINE float sum_of(Vector v) {
+    v += rotate<S>(v, std::make_integer_sequence<int, W>());
+    if constexpr (S > 1) return sum_of<S / 2>(v);
+    else return v[0];
+}
+
+// e^x for x <= 0 or just above: 2^n e^f, f in +-ln(2) / 2 with the polynomial of Cephes' expf; relative error 1e-7.
+INLINE Vector exponential(Vector x) {
+    Vector shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, which stands in the low bits
+    Vector n = shifted - 12582912.0f, f = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Vector y = 1.9875691500e-4f * f + 1.3981999507e-3f;
+    y = y * f + 8.3334519073e-3f;
+    y = y * f + 4.1665795894e-2f;
+    y = y * f + 1.6666665459e-1f;
+    y = y * f + 5.0000001201e-1f;
+    y = y * (f * f) + f + 1.0f;
+    return x < -87.0f ? Vector{} : y * (Vector)(((Ints)shifted + 127) << 23);
+}
+
+// C = alpha * A B (+ C) for M rows and N vectors of columns; A's element (m, k) is a[m * lda + k], or a[k * lda + m].
+template <int M, int N, bool kTransposed>
+INLINE void multiply_tile(int64_t depth, const float* a, int64_t lda, const float* b, float alpha, bool add, float* c,
+                          int64_t ldc) {
+    Vector sum[M][N] = {};
+    for (int64_t k = 0; k < depth; ++k, b += kPanel) {
+        Vector right[N];
+        for (int x = 0; x < N; ++x) right[x] = load(b + x * W);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            float left = kTransposed ? a[k * lda + m] : a[m * lda + k];
+            for (int x = 0; x < N; ++x) sum[m][x] += left * right[x];
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+        for (int x = 0; x < N; ++x) {
+            float* at = c + m * ldc + x * W;
+            store(at, add ? alpha * sum[m][x] + load(at) : alpha * sum[m][x]);
+        }
+}
+
+// The same for rows <= kRows and any number of vectors; B's panels lie panel_stride apart.
+template <bool kTransposed, int M = kRows>
+TARGET void multiply(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda, const float* b,
+                     int64_t panel_stride, float alpha, bool add, float* c, int64_t ldc) {
+    if constexpr (M > 1)
+        if (rows < M)
+            return multiply<kTransposed, M - 1>(rows, vectors, depth, a, lda, b, panel_stride, alpha, add, c, ldc);
+    for (; vectors >= 2; vectors -= 2, b += panel_stride, c += kPanel)
+        multiply_tile<M, 2, kTransposed>(depth, a, lda, b, alpha, add, c, ldc);
+    if (vectors) multiply_tile<M, 1, kTransposed>(depth, a, lda, b, alpha, add, c, ldc);
+}
+
+// x (n, dim), rows `stride` apart, as panels of n rows.
+template <class T>
+TARGET void pack(const T* x, int64_t stride, int64_t n, int64_t dim, float* panels) {
+    for (int64_t d = 0; d < dim; d += W) {
+        float* to = panels + d / kPanel * n * kPanel + d % kPanel;
+        for (int64_t j = 0; j < n; ++j) store(to + j * kPanel, load(x + j * stride + d, dim - d));
+    }
+}
+
+// Its transpose (dim, n), as panels of dim rows.
+template <class T>
+TARGET void pack_transposed(const T* x, int64_t stride, int64_t n, int64_t dim, float* panels) {
+    for (int64_t j = 0; j < n; j += W) {
+        float* to = panels + j / kPanel * dim * kPanel + j % kPanel;
+        for (int64_t d = 0; d < dim; d += W) {
+            Vector block[W];
+            for (int r = 0; r < W; ++r) block[r] = j + r < n ? load(x + (j + r) * stride + d, dim - d) : Vector{};
+            transpose(block);
+            for (int r = 0; r < W && d + r < dim; ++r) store(to + (d + r) * kPanel, block[r]);
+        }
+    }
+}
+
+// The left factor of a product is read one number at a time, so float32 is read where it lies.
+INLINE Rows unpacked(const float* x, int64_t stride, int64_t, int64_t, float*) { return {x, stride}; }
+TARGET inline Rows unpacked(const Bf16* x, int64_t stride, int64_t n, int64_t dim, float* room) {
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t d = 0; d < dim; d += W) store(room + i * dim + d, load(x + i * stride + d, dim - d), dim - d);
+    return {room, dim};
+}
+
+// mask[r][j] = 1 / (1 - p) where dropout keeps the weight of query token + r and key + j, else 0. The lanes of Philox are
+// query tokens; a transposition of pairs of words turns them into rows.
+TARGET inline void draw_mask(const Problem& p, int64_t head, int64_t token, int64_t key, int64_t rows, int64_t vectors,
+                             float* mask) {
+    constexpr uint64_t low = 0xFFFFFFFF;
+    Pairs lane;
+    for (int l = 0; l < W / 2; ++l) lane[l] = l;
+    const Pairs zero = {}, m0 = zero + kPhiloxM0, m1 = zero + kPhiloxM1;
+    for (int64_t r = 0; r < rows; r += W / 2)
+        for (int64_t x = 0; x < vectors; ++x) {
+            Pairs words[W / 2];
+            for (int c = 0; c < W / 4; ++c) {
+                Pairs c0 = zero + uint32_t(head * 65536 + (key + x * W) / 4 + c), c1 = uint64_t(token + r) + lane;
+                Pairs c2 = zero + (p.offset & low), c3 = zero + (p.offset >> 32);
+                uint32_t k0 = uint32_t(p.seed), k1 = uint32_t(p.seed >> 32);
+#pragma GCC unroll 10
+                for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
+                    Pairs a = CAFE_MULTIPLY(m0, c0), b = CAFE_MULTIPLY(m1, c2);
+                    c0 = (b >> 32) ^ c1 ^ uint64_t(k0);
+                    c2 = (a >> 32) ^ c3 ^ uint64_t(k1);
+                    c1 = b;
+                    c3 = a;
+                }
+                words[2 * c] = (c0 & low) | c1 << 32;
+                words[2 * c + 1] = (c2 & low) | c3 << 32;
+            }
+            transpose(words);
+            for (int l = 0; l < W / 2; ++l)
+                store(mask + (r + l) * kKeys + x * W, (Words)words[l] >= p.threshold ? p.keep_scale + Vector{} : Vector{});
+        }
+}
+
+struct Block {  // queries first ... first + rows - 1 against keys key ... key + keys - 1
+    int64_t first, rows, key;
+    int64_t keys(int64_t strip, int64_t strip_rows) const {  // that some query of a strip of it sees
+        return std::min(kKeys, first + strip + strip_rows - key);
+    }
+};
+
+template <class T>
+TARGET void forward(const Problem& p, const Tensors<T>& t, int64_t sequence, int64_t head, Room& room) {
+    const int64_t begin = p.cu_seqlens[sequence], n = p.cu_seqlens[sequence + 1] - begin, dim = p.dim;
+    const int64_t stride = p.heads * dim, start = begin * stride + head * dim, vectors = (dim + W - 1) / W;
+    const int64_t columns = vectors * W, padded = (dim + kPanel - 1) / kPanel * kPanel;
+    if (n == 0) return;
+    room.reset(padded * (2 * n + kPanel) + n * dim + kQueries * (columns + 2) + 2 * (kRows + W) * kKeys + 1024);
+    float* keys = room.take((n + kPanel) * dim);
+    float* values = room.take(n * padded);
+    float* out = room.take(kQueries * columns);
+    float* weights = room.take(kRows * kKeys);
+    float* mask = room.take((kRows + W) * kKeys);
+    float* top = room.take(kQueries);  // the running maximum and sum of each row
+    float* sum = room.take(kQueries);
+    pack_transposed(t.k + start, stride, n, dim, keys);
+    pack(t.v + start, stride, n, dim, values);
+    Rows q = unpacked(t.q + start, stride, n, dim, room.take(n * dim));
+    const float* bias = p.bias + head * p.bias_stride + p.longest - 1;
+
+    for (int64_t first = 0; first < n; first += kQueries) {
+        const int64_t rows = std::min(kQueries, n - first), seen = std::max(int64_t(0), first - p.window) / kKeys * kKeys;
+        std::fill_n(out, rows * columns, 0.0f);
+        std::fill_n(top, rows, -1e30f);
+        std::fill_n(sum, rows, 0.0f);
+        for (int64_t key = seen; key < first + rows; key += kKeys)
+            for (int64_t strip = 0; strip < rows; strip += kRows) {
+                const int64_t m = std::min<int64_t>(kRows, rows - strip);
+                const int64_t depth = Block{first, rows, key}.keys(strip, m), across = (depth + W - 1) / W;
+                multiply<false>(m, across, dim, q.x + (first + strip) * q.stride, q.stride, keys + key * dim,
+                                dim * kPanel, 1, false, weights, kKeys);
+                if (p.threshold) draw_mask(p, head, begin + first + strip, key, m, across, mask);
+                for (int64_t r = 0; r < m; ++r) {
+                    const int64_t row = strip + r;
+                    float* w = weights + r * kKeys;
+                    Vector highest = top[row] + Vector{}, total = {};
+                    for (int64_t x = 0; x < across * W; x += W) {
+                        Vector logit = p.scale * load(w + x) + load(bias - (first + row) + key + x);
+                        store(w + x, logit);
+                        highest = larger(logit, highest);
+                    }
+                    const float now = max_of(highest);
+                    for (int64_t x = 0; x < across * W; x += W) {
+                        Vector weight = exponential(load(w + x) - now);
+                        total += weight;
+                        store(w + x, p.threshold ? weight * load(mask + r * kKeys + x) : weight);
+                    }
+                    const float shrink = key == seen ? 0 : exponential(top[row] - now + Vector{})[0];
+                    if (key > seen)
+                        for (int64_t x = 0; x < columns; x += W)
+                            store(out + row * columns + x, shrink * load(out + row * columns + x));
+                    sum[row] = sum[row] * shrink + sum_of(total);
+                    top[row] = now;
+                }
+                multiply<false>(m, vectors, depth, weights, kKeys, values + key * kPanel, n * kPanel, 1, true,
+                                out + strip * columns, columns);
+            }
+        for (int64_t row = 0; row < rows; ++row) {
+            t.lse[head * p.total + begin + first + row] = top[row] + std::log(sum[row]);
+            T* to = t.out + start + (first + row) * stride;
+            for (int64_t d = 0; d < dim; d += W)
+                store(to + d, load(out + row * columns + d) * (1 / sum[row]), dim - d);
+        }
+    }
+}
+
+// dbias[t] += the sum of dS over its diagonal t = i - j. dbias is reversed, as bias is, so that a vector of diagonals is a
+// vector of one row of dS, and moves by one from row to row.
+TARGET inline void add_diagonals(const Block& b, const float* ds, float* dbias) {
+    const int64_t apart = b.first - b.key;
+    for (int64_t t = std::max<int64_t>(0, apart - kKeys + 1); t < apart + b.rows; t += W) {
+        const int64_t left = apart - t - W + 1;  // the column of the vector in row 0
+        const int64_t from = std::max<int64_t>(0, t - apart), to = std::min(b.rows, kKeys - left);
+        Vector sum = {};
+        for (int64_t r = from; r < to; ++r) sum += load(ds + r * kStride + left + r);
+        store(dbias - t - W + 1, sum + load(dbias - t - W + 1));
+    }
+}
+
+template <class T>
+TARGET void backward(const Problem& p, const Gradients<T>& t, int64_t sequence, int64_t head, float* dbias, Room& room) {
+    const int64_t begin = p.cu_seqlens[sequence], n = p.cu_seqlens[sequence + 1] - begin, dim = p.dim;
+    const int64_t stride = p.heads * dim, start = begin * stride + head * dim, vectors = (dim + W - 1) / W;
+    const int64_t columns = vectors * W, padded = (dim + kPanel - 1) / kPanel * kPanel;
+    if (n == 0) return;
+    const int64_t tile = kQueries * kStride + W;
+    room.reset(padded * (5 * n + 2 * kPanel) + 2 * n * dim + 2 * n * columns + kQueries * columns + 2 * tile +
+               (kRows + W) * kKeys + 1024);
+    float* keys_transposed = room.take((n + kPanel) * dim);
+    float* values_transposed = room.take((n + kPanel) * dim);
+    float* keys = room.take(n * padded);
+    float* queries = room.take(n * padded);
+    float* gradients = room.take(n * padded);
+    float* dk = room.take(n * columns);
+    float* dv = room.take(n * columns);
+    float* dq = room.take(kQueries * columns);
+    float* weights = room.take(tile) + W;
+    float* ds = room.take(tile) + W;
+    float* mask = room.take((kRows + W) * kKeys);
+    pack_transposed(t.k + start, stride, n, dim, keys_transposed);
+    pack_transposed(t.v + start, stride, n, dim, values_transposed);
+    pack(t.k + start, stride, n, dim, keys);
+    pack(t.q + start, stride, n, dim, queries);
+    pack(t.grad_out + start, stride, n, dim, gradients);
+    Rows q = unpacked(t.q + start, stride, n, dim, room.take(n * dim));
+    Rows grad_out = unpacked(t.grad_out + start, stride, n, dim, room.take(n * dim));
+    std::fill_n(dk, n * columns, 0.0f);
+    std::fill_n(dv, n * columns, 0.0f);
+    for (int64_t r = -1; r < std::min(n, kQueries); ++r) store(ds + r * kStride + kKeys, Vector{});
+    const float* bias = p.bias + head * p.bias_stride + p.longest - 1;
+    dbias += p.longest - 1;
+
+    for (int64_t first = 0; first < n; first += kQueries) {
+        const int64_t rows = std::min(kQueries, n - first), seen = std::max(int64_t(0), first - p.window) / kKeys * kKeys;
+        std::fill_n(dq, rows * columns, 0.0f);
+        for (int64_t key = seen; key < first + rows; key += kKeys) {
+            const Block block{first, rows, key};
+            for (int64_t strip = 0; strip < rows; strip += kRows) {
+                const int64_t m = std::min<int64_t>(kRows, rows - strip), i = first + strip;
+                const int64_t depth = block.keys(strip, m), across = (depth + W - 1) / W;
+                float *w = weights + strip * kStride, *d = ds + strip * kStride;
+                multiply<false>(m, across, dim, q.x + i * q.stride, q.stride, keys_transposed + key * dim, dim * kPanel,
+                                1, false, w, kStride);
+                multiply<false>(m, across, dim, grad_out.x + i * grad_out.stride, grad_out.stride,
+                                values_transposed + key * dim, dim * kPanel, 1, false, d, kStride);
+                if (p.threshold) draw_mask(p, head, begin + i, key, m, across, mask);
+                for (int64_t r = 0; r < m; ++r) {
+                    const float lse = t.lse[head * p.total + begin + i + r];
+                    const int64_t row = start + (i + r) * stride;
+                    Vector products = {};
+                    for (int64_t c = 0; c < dim; c += W)
+                        products += load(t.grad_out + row + c, dim - c) * load(t.out + row + c, dim - c);
+                    const float delta = sum_of(products);
+                    for (int64_t x = 0; x < across * W; x += W) {
+                        float *at = w + r * kStride + x, *dat = d + r * kStride + x;
+                        Vector weight = exponential(p.scale * load(at) + load(bias - (i + r) + key + x) - lse);
+                        Vector keep = p.threshold ? load(mask + r * kKeys + x) : 1 + Vector{};
+                        store(at, weight * keep);
+                        store(dat, weight * (load(dat) * keep - delta));
+                    }
+                }
+                multiply<false>(m, vectors, depth, d, kStride, keys + key * kPanel, n * kPanel, p.scale, true,
+                                dq + strip * columns, columns);
+            }
+            const int64_t width = block.keys(0, rows);
+            for (int64_t strip = 0; strip < width; strip += kRows) {  // of keys; queries before them do not see them
+                const int64_t m = std::min<int64_t>(kRows, width - strip), from = std::max<int64_t>(0, key + strip - first);
+                const int64_t at = (key + strip) * columns, tile_at = from * kStride + strip, panel = (first + from) * kPanel;
+                multiply<true>(m, vectors, rows - from, weights + tile_at, kStride, gradients + panel, n * kPanel, 1, true,
+                               dv + at, columns);
+                multiply<true>(m, vectors, rows - from, ds + tile_at, kStride, queries + panel, n * kPanel, p.scale, true,
+                               dk + at, columns);
+            }
+            if (t.dbias) add_diagonals(block, ds, dbias);
+        }
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t d = 0; d < dim; d += W)
+                store(t.dq + start + (first + row) * stride + d, load(dq + row * columns + d), dim - d);
+    }
+    for (int64_t row = 0; row < n; ++row)
+        for (int64_t d = 0; d < dim; d += W) {
+            store(t.dk + start + row * stride + d, load(dk + row * columns + d), dim - d);
+            store(t.dv + start + row * stride + d, load(dv + row * columns + d), dim - d);
+        }
+}
+
+#undef TARGET
+#undef INLINE
+
+}  // namespace CAFE_ISA
+#undef CAFE_ISA
+#undef CAFE_TARGET
+#undef CAFE_WIDTH
+#undef CAFE_ROWS
+#undef CAFE_MULTIPLY
