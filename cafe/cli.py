@@ -33,11 +33,8 @@ def main() -> None:
         f"[yellow]warning:[/] {message}", highlight=False
     )
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        err_console.print(str(stop) or "interrupted", highlight=False)
+        sys.exit(app(standalone_mode=False) or 0)  # Typer returns the code of typer.Exit, and 130 after Ctrl-C
+    except typer.Abort:
         sys.exit(130)
     except Exception as error:
         if os.environ.get("CAFE_TRACEBACK"):
@@ -151,7 +148,7 @@ def train(
 
     from cafe.config import Config
     from cafe.data.dataset import Dataset
-    from cafe.train import fit, read_run
+    from cafe.train import Interrupted, fit, read_run
 
     if threads:
         torch.set_num_threads(threads)
@@ -165,7 +162,7 @@ def train(
     dataset = Dataset.load(data)
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(), console=err_console,
+        TimeRemainingColumn(), console=err_console, disable=not err_console.is_terminal,
     )  # fmt: skip
     lines: list[dict[str, Any]] = []
     with bar:
@@ -182,7 +179,11 @@ def train(
                 f"epoch {event['epoch'] + 1:3d}  loss {event.get('loss', 0):.4f}  valid {valid}", highlight=False
             )
 
-        fit(config, dataset, out, data=data, resume=resume, device=device, progress=progress)
+        try:
+            fit(config, dataset, out, data=data, resume=resume, device=device, progress=progress)
+        except Interrupted as stop:
+            err_console.print(str(stop), highlight=False)
+            raise typer.Exit(130) from None
     best = max((line for line in lines if "valid" in line), key=lambda line: line["valid"]["ndcg@10"], default=None)
     if as_json:
         return emit(
@@ -339,7 +340,7 @@ def _evaluate(run: Path, data: Path | None, split: str, protocol: str, seed: int
     from cafe.train import load_run
 
     model, dataset = load_run(run, data)
-    with Progress(console=err_console, transient=True) as bar:
+    with Progress(console=err_console, transient=True, disable=not err_console.is_terminal) as bar:
         task = bar.add_task(f"{run.name}, {protocol}")
         result = rank(
             model, dataset, split, protocol, seed=seed, max_users=max_users,

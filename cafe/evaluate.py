@@ -17,6 +17,7 @@ Protocols (who the answer is ranked against):
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, Protocol
@@ -29,6 +30,10 @@ from cafe.candidates import Candidates, draw_candidates
 from cafe.data.dataset import Dataset, Holdout
 from cafe.evaluation import Evaluation
 
+ARTEFACT = (
+    "authors is an artefact, NOT a measure of quality: it gives the answer its true intent and every negative another one, "
+    "so whatever knows the answer's intent ranks it high. Compare models by aligned and full."
+)
 FULL_BYTES_PER_SCORE = 40  # the item logit, its intent's, their join and its temporaries, the comparisons
 
 
@@ -108,6 +113,8 @@ def evaluate(
         [1.0, 0.5]
     """
     candidates = draw_candidates(dataset, split, protocol, num_negatives, seed, max_users, popularity)
+    if protocol == "authors":
+        warnings.warn(ARTEFACT, stacklevel=2)
     holdout = dataset.holdout(split)
     rows = candidates.rows
     if protocol == "full":

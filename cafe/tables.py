@@ -12,10 +12,6 @@ from rich.table import Table
 from cafe.evaluation import BUCKETS, Evaluation
 
 SHOWN = ("ndcg@5", "hr@5", "ndcg@10", "mrr")
-ARTEFACT = (
-    "authors: NOT a measure of quality. This pairing gives the answer its true intent and every negative another one, "
-    "so whatever knows the answer's intent ranks it high. Compare models by aligned and full."
-)
 
 
 def print_evaluation(
@@ -66,8 +62,6 @@ def print_evaluation(
                 f"{evaluation.num_negatives} negatives, the catalog has no more.",
                 style="yellow",
             )
-    if any(evaluation.protocol == "authors" for evaluation in many):
-        console.print(f"Warning: {ARTEFACT}", style="bold yellow")
     if breakdown is not None:
         for evaluation, summary in zip(many, summaries, strict=True):
             console.print(_breakdown(evaluation, summary, breakdown))
@@ -88,8 +82,6 @@ def print_comparison(console: Console, comparisons: dict[str, Any] | Sequence[di
         cells = (row["a"], row["b"], row["protocol"], row["metric"], gain, f"{row['p']:.3f}")
         table.add_row(*cells, style="yellow" if row["protocol"] == "authors" else None)
     console.print(table)
-    if any(row["protocol"] == "authors" for row in many):
-        console.print(f"Warning: {ARTEFACT}", style="bold yellow")
 
 
 def _breakdown(evaluation: Evaluation, summary: dict[str, Any], metric: str) -> Table:

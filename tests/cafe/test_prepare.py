@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cafe.data.dataset import Dataset
 from cafe.data.prepare import prepare
 
+pytestmark = pytest.mark.filterwarnings("ignore:no items file", "ignore:1 item without", "ignore:no user has 3")
 ROWS = [
     ("ann", "pot", 2),
     ("bob", "tea", 9),
@@ -170,3 +171,15 @@ def test_splits(tmp_path):
     assert (valid.histories[0].tolist(), valid.answers.tolist()) == ([0, 1, 2], [3])
     assert (test.histories[0].tolist(), test.answers.tolist()) == ([0, 1, 2, 3], [4])
     assert np.array_equal(made.train_counts(), [2, 2, 1, 0, 0])
+
+
+def test_warns_of_what_is_missing(tmp_path):
+    (tmp_path / "a.csv").write_text(csv(ROWS[:2]))
+    (tmp_path / "items.csv").write_text(ITEMS.replace("tea,drinks\n", ""))
+    with (
+        pytest.warns(UserWarning, match="no items file"),
+        pytest.warns(UserWarning, match="no user has 3 interactions"),
+    ):
+        prepare(tmp_path / "a.csv")
+    with pytest.warns(UserWarning, match="1 item without an intent"), pytest.warns(UserWarning, match="no user has"):
+        prepare(tmp_path / "a.csv", tmp_path / "items.csv")
