@@ -103,6 +103,12 @@ INLINE Vector exponential(Vector x) {
     return x < -87.0f ? Vector{} : y * (Vector)(((Ints)shifted + 127) << 23);
 }
 
+// What -inf hides stays hidden, even a NaN.
+INLINE Vector add_bias(Vector x, const float* at) {
+    Vector bias = load(at);
+    return bias > -std::numeric_limits<float>::infinity() ? x + bias : bias;
+}
+
 // C = alpha * A B (+ C) for M rows and N vectors of columns; A's element (m, k) is a[m * lda + k], or a[k * lda + m].
 template <int M, int N, bool kTransposed>
 INLINE void multiply_tile(int64_t depth, const float* a, int64_t lda, const float* b, float alpha, bool add, float* c,
@@ -229,7 +235,7 @@ TARGET void forward(const Problem& p, const Tensors<T>& t, int64_t sequence, int
     for (int64_t first = 0; first < n; first += kQueries) {
         const int64_t rows = std::min(kQueries, n - first), seen = std::max(int64_t(0), first - p.window) / kKeys * kKeys;
         std::fill_n(out, rows * columns, 0.0f);
-        std::fill_n(top, rows, -1e30f);
+        std::fill_n(top, rows, std::numeric_limits<float>::lowest());
         std::fill_n(sum, rows, 0.0f);
         for (int64_t key = seen; key < first + rows; key += kKeys)
             for (int64_t strip = 0; strip < rows; strip += kRows) {
@@ -243,7 +249,7 @@ TARGET void forward(const Problem& p, const Tensors<T>& t, int64_t sequence, int
                     float* w = weights + r * kKeys;
                     Vector highest = top[row] + Vector{}, total = {};
                     for (int64_t x = 0; x < across * W; x += W) {
-                        Vector logit = p.scale * load(w + x) + load(bias - (first + row) + key + x);
+                        Vector logit = add_bias(p.scale * load(w + x), bias - (first + row) + key + x);
                         store(w + x, logit);
                         highest = larger(logit, highest);
                     }
@@ -341,7 +347,7 @@ TARGET void backward(const Problem& p, const Gradients<T>& t, int64_t sequence, 
                     const float delta = sum_of(products);
                     for (int64_t x = 0; x < across * W; x += W) {
                         float *at = w + r * kStride + x, *dat = d + r * kStride + x;
-                        Vector weight = exponential(p.scale * load(at) + load(bias - (i + r) + key + x) - lse);
+                        Vector weight = exponential(add_bias(p.scale * load(at), bias - (i + r) + key + x) - lse);
                         Vector keep = p.threshold ? load(mask + r * kKeys + x) : 1 + Vector{};
                         store(at, weight * keep);
                         store(dat, weight * (load(dat) * keep - delta));

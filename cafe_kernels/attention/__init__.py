@@ -72,6 +72,9 @@ def distance_attention(
         >>> distance_attention(q, k, v, log_theta, torch.tensor([0, 2, 5], dtype=torch.int32)).shape
         torch.Size([5, 2, 16])
     """
+    if torch.is_autocast_enabled(q.device.type):  # as PyTorch's attention, which leaves float64 alone
+        low = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(low) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     if not (q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         raise ValueError(
             "q, k and v must agree in shape, dtype and device, got "
@@ -79,8 +82,6 @@ def distance_attention(
         )
     if not q.is_floating_point():
         raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if cu_seqlens is None:
         if q.dim() != 4:
             raise ValueError(
@@ -95,8 +96,8 @@ def distance_attention(
         )  # fmt: skip
         return out.unflatten(0, (batch, length)).transpose(1, 2)
 
-    if q.dim() != 3:
-        raise ValueError(f"with cu_seqlens q must be (total, H, D), got {tuple(q.shape)}")
+    if q.dim() != 3 or 0 in q.shape[1:]:
+        raise ValueError(f"with cu_seqlens q must be (total, H >= 1, D >= 1), got {tuple(q.shape)}")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.device != q.device:
         raise ValueError(
             f"cu_seqlens must be int32 (B + 1) on {q.device}, "

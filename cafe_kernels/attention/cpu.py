@@ -30,7 +30,7 @@ def forward(
     max_seqlen: int,
     *options: Any,  # scale, window, dropout_p, seed, offset
 ) -> tuple[Tensor, Tensor]:
-    out, lse = torch.empty_like(q), torch.empty(q.shape[1], q.shape[0])
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     arrays = [_array(x) for x in (q, k, v, log_theta, cu_seqlens, out, lse)]
     _C.attention_forward(*arrays, *options, **_machine())
     return out, lse

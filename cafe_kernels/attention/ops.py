@@ -4,17 +4,23 @@ A backend is a module with `unavailable(q) -> str | None` (why it cannot run), `
 operators below. Its tensors are contiguous, `log_theta` is float32 or None, `window` is -1 for none, `max_seqlen` is known.
 """
 
-from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-BACKENDS = {"cpu": "cafe_kernels.attention.cpu", "triton": "cafe_kernels.attention.triton_backend"}
+BACKENDS = ["cpu", "triton"]
 
 
 def backend_module(name: str) -> ModuleType:
-    return import_module(BACKENDS[name])
+    """Imported when needed, by a statement, which torch.compile can trace."""
+    if name == "cpu":
+        from cafe_kernels.attention import cpu
+
+        return cpu
+    from cafe_kernels.attention import triton_backend
+
+    return triton_backend
 
 
 def longest_sequence(cu_seqlens: Tensor, total: int, max_seqlen: int, log_theta: Tensor | None) -> int:

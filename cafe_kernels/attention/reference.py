@@ -62,8 +62,6 @@ def distance_attention(
 ) -> Tensor:
     """q, k, v (total, H, D); log_theta (H, n_max) or None; returns (total, H, D). Any float dtype, fp64 included."""
     total, heads, _ = q.shape
-    if total == 0:
-        return torch.zeros_like(v)
     lengths = cu_seqlens.diff().long()
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), lengths, output_size=total)
     token = torch.arange(total, device=q.device)

@@ -132,6 +132,7 @@ CU = torch.tensor([0, 2, 5], dtype=torch.int32)
         ((Q, Q[:4], Q, None, CU), {}, "agree in shape"),
         ((Q, Q.double(), Q, None, CU), {}, "dtype"),
         ((Q, Q, Q), {}, "packed tokens need cu_seqlens"),
+        ((Q[..., :0],) * 3 + (None, CU), {}, "D >= 1"),
         ((Q, Q, Q, None, CU.long()), {}, "int32"),
         ((Q, Q, Q, None, CU[:2]), {}, "ascend from 0 to the 5 tokens"),
         ((Q, Q, Q, None, torch.tensor([0, 4, 2, 5], dtype=torch.int32)), {}, "ascend"),
