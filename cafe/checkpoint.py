@@ -1,7 +1,6 @@
 """Checkpoints: safetensors with a JSON state in the header and a checksum of everything, replaced whole or not at all."""
 
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from cafe.data.folders import write_file
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file beside `path`, flushes it to the disk and renames it: `path` is the former file or the whole new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(temporary, [content])
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -286,9 +286,10 @@ def _restore(model: Model, optimizer: torch.optim.Optimizer, tensors: dict[str, 
 
 
 def _truncate_metrics(path: Path, step: int) -> None:
-    """Drops the lines of steps after the checkpoint: they will be run again."""
+    """Drops the lines of steps after the checkpoint, which will be run again, and one that was cut off."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    write_atomically(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
+    whole = [line for line in lines if line.endswith("}\n")]
+    write_atomically(path, "".join(line for line in whole if json.loads(line)["step"] <= step).encode())
 
 
 @contextmanager

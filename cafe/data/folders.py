@@ -16,14 +16,17 @@ from typing import Any
 
 
 def write_file(path: Path, chunks: Iterable[Any]) -> str:
-    """Writes bytes-like chunks to a new file, flushes it to the disk, and returns its checksum (see `checksum`)."""
+    """Writes bytes-like chunks to a file, flushes it to the disk, and returns its checksum (see `checksum`)."""
     digest = blake2b(digest_size=16)
-    with path.open("xb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; what was there before is kept") from None
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ from cafe.checkpoint import load_checkpoint, save_checkpoint
 from cafe.config import Config
 from cafe.evaluate import evaluate
 from cafe.recommend import Recommender
-from cafe.train import Interrupted, fit, load_run
+from cafe.train import Interrupted, _truncate_metrics, fit, load_run
 
 TINY = {"dim": 16, "max_len": 8, "batch_size": 16, "epochs": 3}
 
@@ -179,3 +179,10 @@ def test_a_run_of_another_version_or_dataset_is_refused(run, other_dataset, tmp_
         load_run(run / "cafe", tmp_path / "data")
     with pytest.raises(FileNotFoundError, match="is not a run"):
         load_run(tmp_path / "data")
+
+
+def test_a_line_of_the_log_that_was_cut_off_does_not_stop_a_resume(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 3}\n{"step": 6}\n{"step": 9, "lo')
+    _truncate_metrics(log, 3)
+    assert log.read_text() == '{"step": 3}\n'
