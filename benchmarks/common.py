@@ -1,5 +1,6 @@
 """What every benchmark shares: contestants timed interleaved in one run, medians, a table of ratios, a JSON record."""
 
+import ctypes
 import json
 import os
 import platform
@@ -13,6 +14,16 @@ import numpy as np
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def keep_memory() -> None:
+    """Freed memory stays with the process: without it glibc returns every large tensor to the system, and a benchmark of kernels
+    measures page faults."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def compare(

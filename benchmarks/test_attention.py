@@ -1,0 +1,206 @@
+"""distance_attention on the CPU against what people write in PyTorch for the same function, and against its matrix products alone.
+
+Run as `pytest benchmarks/test_attention.py`. Everybody has one thread, one head, float32, the same numbers and the same gradients:
+of q, k, v and log_theta, from a gradient of the output. Padded peers get their tensors already padded to n, as people keep them;
+ours gets packed tokens. The limit is `torch.bmm` (MKL or oneDNN sgemm) of the same products on whole n x n blocks: 2 of them
+forward, 7 with backward. Memory freed by one call is kept for the next (glibc's malloc would give it back, and everybody would
+mostly measure page faults). Torch's nested tensors are no contestant: on the CPU their attention takes neither a mask nor is_causal.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from benchmarks.common import RESULTS, compare, keep_memory, machine, table, write
+from cafe_kernels.attention import distance_attention
+
+OURS, EAGER, SDPA, LOOP = "distance_attention", "eager, padded", "SDPA with a float mask, padded", "SDPA a sequence"
+LIMIT = "the products alone (bmm)"
+# How many users of Amazon Beauty (5-core) have a history of 0, 1, 2, ... 50 or more items: 8.9 on average.
+BEAUTY = (
+    0, 0, 0, 0, 0, 7162, 4221, 2680, 1811, 1366, 881, 695, 558, 439, 361, 262, 207, 213, 141, 118, 112, 117, 84, 66, 73,
+    74, 61, 54, 44, 44, 38, 30, 38, 20, 19, 21, 19, 23, 24, 22, 15, 17, 7, 10, 10, 15, 7, 11, 8, 4, 161,
+)  # fmt: skip
+CASES = {"n=50": (64, 50), "Beauty's lengths": (128, 50), "n=200": (16, 200), "n=1024": (4, 1024)}
+LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # of the growth
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return distance_attention(q, k, v, log_theta, cu_seqlens, backend="cpu")
+
+
+def bias(log_theta: Tensor, n: int) -> Tensor:
+    """The mask that PyTorch's attention needs, (H, n, n)."""
+    distance = torch.arange(n)[:, None] - torch.arange(n)
+    return log_theta[:, distance.clamp(min=0)].masked_fill(distance < 0, float("-inf"))
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor) -> Tensor:
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias(log_theta, q.shape[2])
+    return logits.softmax(-1) @ v
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, bias(log_theta, q.shape[2])[None])
+
+
+def sdpa_loop(q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor, lengths: list[int]) -> Tensor:
+    mask = bias(log_theta, max(lengths))
+    sequences = zip(lengths, *(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)), strict=True)
+    out = [
+        scaled_dot_product_attention(a[None], b[None], c[None], mask[None, :, :n, :n])[0] for n, a, b, c in sequences
+    ]
+    return torch.cat(out, 1).transpose(0, 1)
+
+
+def case(name: str, dim: int, seed: int) -> SimpleNamespace:
+    """Packed and padded tensors of one batch."""
+    batch, n = CASES[name]
+    rng = np.random.default_rng(seed)
+    weights = np.array(BEAUTY) / sum(BEAUTY)
+    lengths = rng.choice(len(BEAUTY), batch, p=weights).tolist() if name.startswith("Beauty") else [n] * batch
+    generator = torch.Generator().manual_seed(seed)
+    packed = [torch.randn(sum(lengths), 1, dim, generator=generator) for _ in range(3)]
+    padded = [
+        torch.stack([pad(s, (0, 0, 0, 0, 0, n - len(s))) for s in x.split(lengths)]).transpose(1, 2).contiguous()
+        for x in packed
+    ]
+    log_theta = torch.randn(1, n, generator=generator)
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    return SimpleNamespace(
+        packed=tuple(packed), padded=tuple(padded), log_theta=log_theta, cu_seqlens=cu_seqlens, lengths=lengths, n=n
+    )
+
+
+def contestants(name: str, backward: bool, dim: int) -> dict[str, Callable[[SimpleNamespace], Any]]:
+    def run(function: Callable[..., Tensor], x: SimpleNamespace, inputs: tuple[Tensor, ...], *rest: Any) -> Any:
+        if not backward:
+            with torch.no_grad():
+                return function(*inputs, *rest)
+        inputs = tuple(t.detach().requires_grad_() for t in inputs)
+        return torch.autograd.grad(function(*inputs, *rest), inputs, inputs[0])
+
+    batch, n = CASES[name]
+    square, wide = torch.empty(batch, n, n), torch.empty(batch, n, dim)
+
+    def products(x: SimpleNamespace) -> None:
+        q, k, v = (t[:, 0] for t in x.padded)
+        for _ in range(
+            3 if backward else 1
+        ):  # s = q k', out = s v; backward: s and dp = do v', dq = ds k, dk = ds' q, dv = p' do
+            torch.bmm(q, k.transpose(1, 2), out=square)
+            torch.bmm(square, v, out=wide)
+        if backward:
+            torch.bmm(square.transpose(1, 2), q, out=wide)
+
+    found = {
+        OURS: lambda x: run(attend, x, (*x.packed, x.log_theta), x.cu_seqlens),
+        EAGER: lambda x: run(eager, x, (*x.padded, x.log_theta)),
+        SDPA: lambda x: run(sdpa, x, (*x.padded, x.log_theta)),
+        LOOP: lambda x: run(sdpa_loop, x, (*x.packed, x.log_theta), x.lengths),
+    }
+    return found if name.startswith("Beauty") else found | {LIMIT: products}
+
+
+@pytest.fixture(scope="module")
+def record(pytestconfig: pytest.Config) -> Iterator[dict[str, Any]]:
+    keep_memory()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {"threads": 1, "cases": {}, "growth": {}}
+    yield results
+    torch.set_num_threads(threads)
+    path = write("attention", results)
+    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n{machine()}, 1 thread\nwritten: {path}")
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", CASES)
+def test_attention(
+    name: str, dim: int, record: dict[str, Any], benchmark: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = [case(name, dim, seed) for seed in range(8)]
+    check_agreement(cases[0])
+    for backward in (False, True):
+        what = f"{name}, head width {dim}, forward" + (" + backward" if backward else "")
+        steady, after = compare(
+            contestants(name, backward, dim), lambda number: fresh(cases[number % len(cases)]), seconds=8
+        )
+        ratios = {f"{peer} / ours": steady[peer] / steady[OURS] for peer in steady if peer != OURS}
+        best_padded = min(steady[EAGER], steady[SDPA]) / steady[OURS]
+        ratios["best padded peer / ours"] = best_padded
+        record["cases"][what] = {"median_seconds": {"steady": steady, "after_another": after}, "ratios": ratios}
+        with capsys.disabled():
+            print(table(what, steady, after, OURS))
+            target = {"n=50": ">= 3", "Beauty's lengths": ">= 10"}.get(name, "none") if backward else "none"
+            print(f"  best padded peer / ours = {best_padded:.2f} (target: {target})")
+            if LIMIT in steady:
+                print(f"  the products alone / ours = {steady[LIMIT] / steady[OURS]:.2f} (target: >= 0.5)")
+        benchmark.extra_info[what] = ratios
+    numbers = iter(range(1_000_000_000))
+    ours = contestants(name, True, dim)[OURS]
+    benchmark(lambda: ours(cases[next(numbers) % len(cases)]))
+
+
+def fresh(x: SimpleNamespace) -> SimpleNamespace:
+    """The batch as a model has it: just computed."""
+    for t in (*x.packed, *x.padded):
+        t.mul_(1.0)
+    return x
+
+
+def check_agreement(x: SimpleNamespace) -> None:
+    """All contestants compute the same."""
+    ours = attend(*x.packed, x.log_theta, x.cu_seqlens)
+    for out in (eager(*x.padded, x.log_theta), sdpa(*x.padded, x.log_theta)):
+        packed = torch.cat([row[0, :length] for row, length in zip(out, x.lengths, strict=True)])
+        torch.testing.assert_close(packed, ours[:, 0], rtol=1e-4, atol=1e-5)
+    loop = sdpa_loop(*x.packed, x.log_theta, x.lengths)
+    torch.testing.assert_close(loop, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_growth(record: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Forward and backward of 4,096 tokens as their sequences get longer: ours against the padded peers, drawn to a picture."""
+    medians: dict[str, list[float]] = {OURS: [], EAGER: [], SDPA: []}
+    for n in LENGTHS:
+        CASES["growth"] = (max(1, 4096 // n), n)
+        x = case("growth", 64, 0)
+        chosen = {name: f for name, f in contestants("growth", True, 64).items() if name in medians}
+        steady, _ = compare(chosen, lambda number, x=x: x, seconds=4, rounds=30)  # type: ignore[misc]
+        for name, seconds in steady.items():
+            medians[name].append(seconds)
+    del CASES["growth"]
+    record["growth"] = {"tokens": 4096, "lengths": LENGTHS, "median_seconds": medians}
+    with capsys.disabled():
+        for name, seconds in medians.items():
+            print(f"{name:<32}" + "".join(f"{1e3 * s:>9.2f} ms" for s in seconds))
+    draw_growth(medians, RESULTS / "attention_growth.png")
+
+
+def draw_growth(medians: dict[str, list[float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for name, seconds in medians.items():
+        axes.plot(LENGTHS, np.array(seconds) * 1e3, marker="o", label=name)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="length of the sequences (4,096 tokens in all)",
+        ylabel="ms, forward + backward",
+    )
+    axes.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
