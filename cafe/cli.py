@@ -42,7 +42,9 @@ def main() -> None:
         if hasattr(error, "format_message"):  # click's own: wrong options
             err_console.print(f"[red]error:[/] {error.format_message()}", highlight=False)
             sys.exit(2)
-        if not isinstance(error, (ValueError, OSError)) and not type(error).__module__.startswith("polars"):
+        if not isinstance(error, (ValueError, OSError, MemoryError)) and not type(error).__module__.startswith(
+            "polars"
+        ):
             raise
         err_console.print("[red]error:[/] " + " ".join(str(error).split()), highlight=False, soft_wrap=True)
         sys.exit(1)
@@ -122,10 +124,10 @@ def simulate(
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Option(help="Prepared dataset.")],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
-    model: Annotated[str, typer.Option(help="cafe, sasrec or poprec.")] = "cafe",
-    preset: Annotated[str, typer.Option(help="paper or best.")] = "best",
+    data: Annotated[Path | None, typer.Option(help="Prepared dataset; with --resume that of the run.")] = None,
+    model: Annotated[str | None, typer.Option(help="cafe, sasrec or poprec.", show_default="cafe")] = None,
+    preset: Annotated[str | None, typer.Option(help="paper or best.", show_default="best")] = None,
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences a step.")] = None,
@@ -158,7 +160,23 @@ def train(
     overrides = {name: value for name, value in overrides.items() if value is not None} | dict(
         map(_assignment, option or [])
     )
-    config = Config(**read_run(out)["config"]) if resume else Config.make(model, preset, **overrides)
+    if fixed := {"model", "preset"} & overrides.keys():
+        raise ValueError(f"--set {fixed.pop()}=...: it has an option of its own")
+    if resume:
+        run = read_run(out)
+        config = Config(**run["config"])
+        given = overrides | {name: value for name, value in (("model", model), ("preset", preset)) if value is not None}
+        for name, value in given.items():
+            if not hasattr(config, name) or getattr(config, name) != value:
+                raise ValueError(
+                    f"--resume goes on with the options of {out}, where {name} is {getattr(config, name, 'unknown')!r}, not "
+                    f"{value!r}: leave it out, or start a new run"
+                )
+        data = data or run["data"]
+    else:
+        config = Config.make(model or "cafe", preset or "best", **overrides)
+    if data is None:
+        raise ValueError("which dataset? Give --data")
     dataset = Dataset.load(data)
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[status]}"),

@@ -83,10 +83,12 @@ class Config:
             raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: expected a share in [0, 1)")
-        if not (0 < self.lr < float("inf") and self.init_std > 0 and self.weight_decay >= 0):
-            raise ValueError(
-                f"lr={self.lr}, init_std={self.init_std}, weight_decay={self.weight_decay}: expected positive numbers"
-            )
+        for name in ("lr", "init_std"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive, finite number")
+        for name in ("weight_decay", "negatives_alpha"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)}: expected a finite number, not negative")
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(map(repr, PRESETS))}")
         if not 0 <= self.seed < 2**31:

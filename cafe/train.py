@@ -13,6 +13,7 @@ Every random choice of step s follows from (seed, s), so nothing but the weights
 
 import json
 import math
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -109,8 +110,8 @@ def fit(
                 value = loss.item()
                 if not math.isfinite(value):
                     raise ValueError(
-                        f"the loss became {value} at step {batch.step} (epoch {epoch}): lower --lr, or resume from "
-                        f"the last checkpoint in {out}"
+                        f"the loss became {value} at step {batch.step} (epoch {epoch}): start a new run with a lower "
+                        f"--lr than {config.lr}"
                     )
                 loss.backward()
                 optimizer.step()
@@ -125,13 +126,13 @@ def fit(
                         "loss": value,
                     }
                 )
+                if state["step"] % len(batches) == 0:
+                    break  # what ends the epoch must be in the checkpoint too
                 if interrupted() or time.monotonic() - saved > checkpoint_seconds:
                     _save_last(out, model, optimizer, state)
                     saved = time.monotonic()
                 if interrupted():
-                    raise Interrupted(
-                        f"interrupted after step {state['step']}; saved. Go on with: cafe train --resume --out {out}"
-                    )
+                    raise Interrupted(_how_to_resume(out, state))
             seconds = time.monotonic() - started
             metrics: dict[str, Any] = {
                 "epoch": epoch,
@@ -140,7 +141,7 @@ def fit(
                 "tokens_per_s": tokens / seconds,
             }
             state["loss"] = 0.0
-            last_epoch = epoch + 1 == config.epochs
+            last_epoch = epoch + 1 >= config.epochs
             if (epoch + 1) % config.valid_every == 0 or last_epoch:
                 metrics["valid"] = _validate(model, dataset)
                 better = metrics["valid"]["ndcg@10"] > state["best"]
@@ -159,6 +160,8 @@ def fit(
             _save_last(out, model, optimizer, state)
             saved = time.monotonic()
             progress(metrics | {"best_epoch": state["best_epoch"]})
+            if interrupted() and not state["done"]:
+                raise Interrupted(_how_to_resume(out, state))
     plot_curve(out)
     _calibrate(model, dataset, out)
     return model.eval()
@@ -180,7 +183,13 @@ def load_run(run: str | Path, data: str | Path | None = None) -> tuple[Model, Da
     if dataset.fingerprint != meta["fingerprint"]:
         raise ValueError(f"{run} was trained on another dataset than {path}: give the right one with --data")
     model = build(config, dataset)
-    model.load_state_dict(load_checkpoint(run / "best.safetensors")[0])
+    tensors, _ = load_checkpoint(run / "best.safetensors")
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError:
+        raise ValueError(
+            f"{run / 'best.safetensors'} does not fit {run / 'config.json'}: one of them was altered; train again"
+        ) from None
     return model.eval(), dataset
 
 
@@ -200,7 +209,19 @@ def read_run(run: Path) -> dict[str, Any]:
         raise ValueError(
             f"{run} has format version {meta.get('version')}, this release reads {VERSION}: train it again"
         )
+    try:
+        Config(**meta["config"])
+        if not isinstance(meta["fingerprint"], str) or not isinstance(meta["data"], str | None):
+            raise TypeError("data and fingerprint must be text")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{run / 'config.json'} was altered ({error}): restore it or train again") from None
     return meta
+
+
+def _how_to_resume(out: Path, state: dict[str, Any]) -> str:
+    return (
+        f"interrupted after step {state['step']}; saved. Go on with: cafe train --resume --out {shlex.quote(str(out))}"
+    )
 
 
 def _make(batches: Batches, rows: list[np.ndarray], base: int, number: int) -> Batch:

@@ -5,6 +5,7 @@ CSV columns stay text, so that an id such as 007 is not turned into 7; `cafe.dat
 
 import gzip
 import io
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def _read_part(file: Path, columns: Mapping[str, str], separator: str) -> pl.Dat
             raise ValueError(f"{file}: no column {missing[0]!r}; its columns are {', '.join(present)}")
         selected = frame.select(pl.col(column).alias(name) for name, column in columns.items())
         return selected.collect(engine="streaming")
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, OSError, EOFError, zlib.error) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{file}: cannot be read as {_kind(file)} ({reason})") from None
 

@@ -1,5 +1,7 @@
 """The `cafe` command as a user meets it: every command on a small shop, wrong input, and Ctrl-C in the middle of training."""
 
+import gzip
+import io
 import json
 import os
 import signal
@@ -142,3 +144,18 @@ def test_ctrl_c_saves_and_says_how_to_go_on(shop, tmp_path):
     assert "Traceback" not in stderr
     _, more = interrupted(*run, "--resume", epochs=len(epochs) + 2)
     assert more == list(range(len(more)))  # went on where it was, no epoch twice
+
+
+def test_resume_refuses_other_options(shop):
+    stop = cafe("train", "--resume", "--out", shop / "cafe", "--set", "dim=99", code=1).stderr
+    assert "dim is 8, not 99" in stop
+    assert "sasrec" in cafe("train", "--resume", "--out", shop / "cafe", "--model", "sasrec", code=1).stderr
+
+
+def test_truncated_parquet_gzip_is_one_line(shop, tmp_path):
+    whole = io.BytesIO()
+    pl.read_csv(io.StringIO(SHOP)).write_parquet(whole)
+    (tmp_path / "x.parquet.gz").write_bytes(gzip.compress(whole.getvalue())[:-200])
+    stop = cafe("prepare", "--interactions", tmp_path / "x.parquet.gz", "--out", tmp_path / "d", code=1).stderr
+    assert "x.parquet.gz: cannot be read" in stop
+    assert "Traceback" not in stop

@@ -1,5 +1,7 @@
 """Models against their equations written out, on padded single sequences."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -139,3 +141,25 @@ def test_every_parameter_learns_and_the_loss_falls(dataset, model, choice):
 def test_wrong_configuration(change, message):
     with pytest.raises(ValueError, match=message):
         Config.make("cafe", **change)
+
+
+def test_sampled_softmax_by_hand(dataset):
+    """One batch-shared draw: cross entropy of s - log q over the positive and the negatives the user has not had."""
+    model = build(Config.make("sasrec", "best", dim=8, max_len=8, negatives=5, dropout=0.0), dataset)
+    torch.manual_seed(0)
+    positives, negatives = torch.tensor([3, 4]), torch.tensor([7, 3, 9, 1, 1])
+    log_q = torch.randn(dataset.num_items)
+    ignore = torch.tensor([[False, True, False, False, False]])
+    state = torch.randn(2, 8)
+    batch = SimpleNamespace(
+        positives=positives, negatives=negatives, positive_log_q=log_q[positives], negative_log_q=log_q[negatives],
+        ignore=ignore, sequence=torch.zeros(2, dtype=torch.long),
+    )  # fmt: skip
+    table = model.embed(torch.arange(dataset.num_items))
+    expected = 0.0
+    for t in range(2):
+        corrected = table @ state[t] - log_q
+        kept = [7, 9, 1, 1]
+        total = sum(corrected[i].exp() for i in [int(positives[t]), *kept])
+        expected += -(corrected[positives[t]].exp() / total).log().item() / 2
+    assert abs(model.item_loss(state, batch).item() - expected) < 1e-5

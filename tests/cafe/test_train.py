@@ -186,3 +186,53 @@ def test_a_line_of_the_log_that_was_cut_off_does_not_stop_a_resume(tmp_path):
     log.write_text('{"step": 3}\n{"step": 6}\n{"step": 9, "lo')
     _truncate_metrics(log, 3)
     assert log.read_text() == '{"step": 3}\n'
+
+
+def test_ctrl_c_at_any_step_loses_nothing(dataset, tmp_path):
+    """Also at the last step of an epoch, whose validation must not be lost, and of the run, which must not go on."""
+    config = Config.make("sasrec", "paper", **TINY | {"epochs": 2, "batch_size": 60})
+    fit(config, dataset, tmp_path / "whole")
+    log = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    for step in range(1, log[-1]["step"] + 1):
+        out = tmp_path / str(step)
+
+        def stop(event, step=step):
+            if event["step"] == step and "tokens" in event:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        try:
+            fit(config, dataset, out, progress=stop)
+        except Interrupted:
+            fit(config, dataset, out, resume=True)
+        again = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert [(x["step"], x["loss"], x["valid"]) for x in again] == [(x["step"], x["loss"], x["valid"]) for x in log]
+        for name in ("best.safetensors", "last.safetensors"):
+            whole, cut = (load_checkpoint(folder / name) for folder in (tmp_path / "whole", out))
+            assert all(torch.equal(whole[0][key], cut[0][key]) for key in whole[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda meta: meta["config"].update(depth=3), "altered"),
+        (lambda meta: meta["config"].update(dim=32), "does not fit"),
+        (lambda meta: meta.pop("data"), "altered"),
+        (lambda meta: meta.update(config=[]), "altered"),
+    ],
+)
+def test_an_altered_config_is_refused_by_name(dataset, tmp_path, change, message):
+    dataset.save(tmp_path / "data")
+    fit(Config.make("sasrec", **TINY | {"epochs": 1}), dataset, tmp_path / "run", data=tmp_path / "data")
+    meta = json.loads((tmp_path / "run" / "config.json").read_text())
+    change(meta)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=message):
+        load_run(tmp_path / "run")
+
+
+def test_early_stopping_keeps_the_best(dataset, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.3, 0.2, 0.25, 0.9])
+    monkeypatch.setattr("cafe.train._validate", lambda *_: {"ndcg@10": next(scores)})
+    fit(Config.make("sasrec", **TINY | {"epochs": 5, "patience": 2}), dataset, tmp_path / "run")
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+    assert load_checkpoint(tmp_path / "run" / "best.safetensors")[1]["epoch"] == 1
