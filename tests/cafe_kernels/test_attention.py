@@ -98,7 +98,8 @@ def test_module_equals_equations_5_and_6(mask_reads):
     torch.nn.init.normal_(module.distance_weight)
     x = torch.randn(n, d, dtype=torch.float64)
     q, k, v = (
-        m(x).unflatten(-1, (heads, d // heads)).transpose(0, 1) for m in (module.query, module.key, module.value)
+        (x @ weight.T + bias).unflatten(-1, (heads, d // heads)).transpose(0, 1)
+        for weight, bias in zip(module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3), strict=True)
     )
     distance = torch.arange(n)[:, None] - torch.arange(n)
     table = torch.cat([torch.randn(heads, n, d // heads, dtype=torch.float64), module.distance], 1)
@@ -107,8 +108,8 @@ def test_module_equals_equations_5_and_6(mask_reads):
     log_theta = (summed * module.distance_weight[:, None, None]).sum(-1) + torch.randn(1, dtype=torch.float64)
     logits = q @ k.transpose(1, 2) / d**0.5 + log_theta
     weights = logits.masked_fill(distance < 0, -torch.inf).softmax(-1)
-    expected = module.out((weights @ v).transpose(0, 1).flatten(1))
-    torch.testing.assert_close(module(x, torch.tensor([0, n], dtype=torch.int32)), expected)
+    expected = module.out_proj((weights @ v).transpose(0, 1).flatten(1))
+    torch.testing.assert_close(module.packed(x, torch.tensor([0, n], dtype=torch.int32)), expected)
 
 
 def test_module_starts_at_theta_one_and_learns_it():
@@ -117,8 +118,8 @@ def test_module_starts_at_theta_one_and_learns_it():
     x, cu = torch.randn(7, 8), torch.tensor([0, 3, 7], dtype=torch.int32)
     plain = DistanceMaskedAttention(8, 2, None)
     plain.load_state_dict(module.state_dict(), strict=False)
-    torch.testing.assert_close(module(x, cu), plain(x, cu))
-    module(x, cu).square().sum().backward()
+    torch.testing.assert_close(module.packed(x, cu), plain.packed(x, cu))
+    module.packed(x, cu).square().sum().backward()
     assert (module.distance_weight.grad != 0).any()
 
 
