@@ -241,10 +241,10 @@ class DistanceMaskedAttention(nn.Module):
         if not need_weights:
             return out, None
         weights = reference.attention_weights(
-            *inputs[:2], self.log_theta(), cu_seqlens, length, self.scale, None, self._dropout_p(), seed
+            *inputs[:2], self.log_theta(), cu_seqlens, longest, self.scale, None, self._dropout_p(), seed
         )
         if padding is not None:
-            weights = _place(weights, padding)
+            weights = _place(nn.functional.pad(weights, (0, length - longest) * 2), padding)
         if average_attn_weights:
             weights = weights.mean(1)
         return out, weights.squeeze(0) if unbatched else weights
@@ -291,8 +291,9 @@ class DistanceMaskedAttention(nn.Module):
                 f"a sequence of {max_seqlen} tokens, but max_distance={self.max_distance}: build the module for longer ones, "
                 "or cut them"
             )
+        q, k, v = inputs
         out = distance_attention(
-            *inputs, self.log_theta(), cu_seqlens,
+            q, k, v, self.log_theta(), cu_seqlens,
             max_seqlen=max_seqlen, scale=self.scale, dropout_p=self._dropout_p(), seed=seed, offset=offset,
         )  # fmt: skip
         return self.out_proj(out[..., : self.head_dim].flatten(1))
