@@ -44,8 +44,9 @@ def plot_theta(curves: Sequence[Tensor], lengths: np.ndarray, path: Path) -> Non
     pairs = longer.cumsum()[::-1]  # a sequence of L tokens has L - t pairs at distance t
     distance = np.arange(len(pairs))
     figure = Figure(figsize=(4.5 * len(curves), 3.6), layout="constrained")
-    for layer, curve in enumerate(curves, 1):
-        left = figure.add_subplot(1, len(curves), layer, title=f"layer {layer}", xlabel="distance (tokens back)")
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    for layer, (left, curve) in enumerate(zip(panels, curves, strict=True), 1):
+        left.set(title=f"layer {layer}", xlabel="distance (tokens back)")
         right = left.twinx()
         right.bar(distance, pairs, width=1.0, color="0.9", log=True)
         right.set_ylabel("pairs in training", color="0.6")

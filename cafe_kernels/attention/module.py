@@ -257,7 +257,7 @@ class DistanceMaskedAttention(nn.Module):
         return self.dropout if self.training else 0.0
 
     def _seed(self) -> int:
-        return int(torch.randint(2**62, ())) if self._dropout_p() else 0
+        return _draw_seed() if self._dropout_p() else 0
 
     def _op_inputs(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None = None
@@ -297,6 +297,11 @@ class DistanceMaskedAttention(nn.Module):
             max_seqlen=max_seqlen, scale=self.scale, dropout_p=self._dropout_p(), seed=seed, offset=offset,
         )  # fmt: skip
         return self.out_proj(out[..., : self.head_dim].flatten(1))
+
+
+@torch.compiler.disable  # a number of Python's, drawn from the generator that eager PyTorch uses
+def _draw_seed() -> int:
+    return int(torch.randint(2**62, ()))
 
 
 def _check_causal(attn_mask: Tensor | None, device: torch.device, length: int) -> None:
