@@ -113,7 +113,7 @@ def validate(model: SASRec, rows: list[list[int]], length: int) -> tuple[float, 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    beauty = Path(__file__).parents[2] / "shared/data/beauty-sparse"
+    beauty = Path(__file__).parent / "../../shared/data/beauty-sparse"
     parser.add_argument("folder", nargs="?", type=Path, default=beauty)
     for name, default in (
         ("epochs", 20),
