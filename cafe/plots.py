@@ -1,4 +1,4 @@
-"""The pictures: a run's learning curve, and runs compared."""
+"""The pictures: a run's learning curve, its distance masks, and runs compared."""
 
 import io
 import json
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from cafe.checkpoint import write_atomically
 
@@ -28,6 +30,35 @@ def plot_curve(run: Path) -> None:
     right.set_ylabel("validation NDCG@10", color="tab:blue")
     right.set_ylim(bottom=0)
     _save(figure, run / "curve.png")
+
+
+def plot_theta(curves: Sequence[Tensor], lengths: np.ndarray, path: Path) -> None:
+    """ln theta against distance, one panel a layer and one line a head, over how many pairs of tokens training had at a distance.
+
+    Where these are few, a curve is still near the random one it started from.
+
+    curves: (heads, n) a layer, from DistanceMaskedAttention.theta_curves.
+    lengths: int (B,), of the training sequences, at most n.
+    """
+    longer = np.bincount(lengths)[:0:-1].cumsum()  # how many sequences have more than t tokens, t falling to 0
+    pairs = longer.cumsum()[::-1]  # a sequence of L tokens has L - t pairs at distance t
+    distance = np.arange(len(pairs))
+    figure = Figure(figsize=(4.5 * len(curves), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    for layer, (left, curve) in enumerate(zip(panels, curves, strict=True), 1):
+        left.set(title=f"layer {layer}", xlabel="distance (tokens back)")
+        right = left.twinx()
+        right.bar(distance, pairs, width=1.0, color="0.9", log=True)
+        right.set_ylabel("pairs in training", color="0.6")
+        left.set_zorder(right.get_zorder() + 1)
+        left.patch.set_visible(False)
+        left.axhline(0, color="0.5", linewidth=0.8)
+        for head, line in enumerate(curve[:, : len(pairs)].cpu().numpy(), 1):
+            left.plot(distance, line, marker=".", label=f"head {head}")
+        left.set_ylabel("ln theta, less that at distance 0")
+        if len(curve) > 1:
+            left.legend()
+    _save(figure, path)
 
 
 def plot_comparison(report: dict[str, Any], metric: str, path: Path) -> None:

@@ -7,6 +7,7 @@ A run folder holds
     last.safetensors    model, optimizer and progress after the last finished step that was saved
     metrics.jsonl       one line per epoch: loss, tokens/s, validation
     curve.png           loss and validation by epoch
+    theta.png           ln theta against distance, where the model has a distance mask
 
 Every random choice of step s follows from (seed, s), so nothing but the weights and moments has to be saved to resume.
 """
@@ -33,9 +34,10 @@ from cafe.data.dataset import Dataset
 from cafe.evaluate import evaluate
 from cafe.models import Model, build
 from cafe.models.base import RANKINGS, Batch
-from cafe.plots import plot_curve
+from cafe.plots import plot_curve, plot_theta
+from cafe_kernels import DistanceMaskedAttention
 
-FORMAT, VERSION = "cafe-run", 1
+FORMAT, VERSION = "cafe-run", 2
 INTENT_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
 SCORES_TO_CALIBRATE = 10**8  # scores (users times items) that fitting the weight for the whole catalog may compute
 STREAMS = 2**31  # seeds of steps: seed * STREAMS + step
@@ -164,6 +166,10 @@ def fit(
                 raise Interrupted(_how_to_resume(out, state))
     plot_curve(out)
     _calibrate(model, dataset, out)
+    masks = [part for part in model.modules() if isinstance(part, DistanceMaskedAttention) and part.max_distance]
+    if masks:
+        lengths = np.minimum(batches.train.lengths[batches.rows] - 1, config.max_len)
+        plot_theta([mask.theta_curves() for mask in masks], lengths, out / "theta.png")
     return model.eval()
 
 

@@ -6,6 +6,8 @@ Two forms of SASRec's block, by `config.block`:
     query_norm   q = LN(x);  x = q + attention(q, x, x);  x = LN(x);  x = x + feed_forward(x)     (the released code)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
@@ -36,15 +38,15 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, positions: Tensor | None, seed: int, offset: int
     ) -> Tensor:
-        options = {"max_seqlen": max_seqlen, "positions": positions, "seed": seed, "offset": offset}
+        options: dict[str, Any] = {"max_seqlen": max_seqlen, "positions": positions, "seed": seed, "offset": offset}
         query = self.norm_attention(x)
         if self.config.block == "query_norm":
             x = query + dropout(
-                self.attention(query, cu_seqlens, key_value=x, **options), self.config.dropout, self.training
+                self.attention.packed(query, cu_seqlens, key_value=x, **options), self.config.dropout, self.training
             )
             x = self.norm_feed_forward(x)
             return x + self.feed_forward(x)
-        x = x + dropout(self.attention(query, cu_seqlens, **options), self.config.dropout, self.training)
+        x = x + dropout(self.attention.packed(query, cu_seqlens, **options), self.config.dropout, self.training)
         return x + self.feed_forward(self.norm_feed_forward(x))
 
 

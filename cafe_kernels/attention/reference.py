@@ -61,24 +61,47 @@ def distance_attention(
     offset: int = 0,
 ) -> Tensor:
     """q, k, v (total, H, D); log_theta (H, n_max) or None; returns (total, H, D). Any float dtype, fp64 included."""
+    weights = attention_weights(q, k, log_theta, cu_seqlens, max_seqlen, scale, window, dropout_p, seed, offset)
+    slot = _slots(cu_seqlens, len(q), max_seqlen)
+    return (weights @ _pad(v, slot, len(weights), max_seqlen)).transpose(1, 2).flatten(0, 1)[slot]
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    log_theta: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
+) -> Tensor:
+    """What distance_attention multiplies v by, dropout included: (B, H, n, n), n = max_seqlen, each sequence from row 0 on.
+    Rows beyond a sequence's end hold anything."""
     total, heads, _ = q.shape
-    lengths = cu_seqlens.diff().long()
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), lengths, output_size=total)
-    token = torch.arange(total, device=q.device)
-    slot = sequence * max_seqlen + token - cu_seqlens.long()[sequence]
-
-    def pad(x: Tensor) -> Tensor:  # (total, H, D) -> (B, H, n, D)
-        padded = x.new_zeros(len(lengths) * max_seqlen, *x.shape[1:]).index_copy(0, slot, x)
-        return padded.unflatten(0, (len(lengths), max_seqlen)).transpose(1, 2)
-
+    batch, slot = len(cu_seqlens) - 1, _slots(cu_seqlens, total, max_seqlen)
     position = torch.arange(max_seqlen, device=q.device)
     distance = position[:, None] - position
-    logits = pad(q) @ pad(k).transpose(-1, -2) * scale
+    logits = _pad(q, slot, batch, max_seqlen) @ _pad(k, slot, batch, max_seqlen).transpose(-1, -2) * scale
     if log_theta is not None:
         logits = logits + log_theta[:, distance.clamp(min=0)].to(logits.dtype)
     hidden = (distance < 0) | (distance > (max_seqlen if window is None else window))
     weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
     if dropout_p:
-        keep = dropout_keep(token, heads, max_seqlen, dropout_p, seed, offset)
-        weights = weights * pad(keep.to(weights.dtype)) / (1 - dropout_p)
-    return (weights @ pad(v)).transpose(1, 2).flatten(0, 1)[slot]
+        keep = dropout_keep(torch.arange(total, device=q.device), heads, max_seqlen, dropout_p, seed, offset)
+        weights = weights * _pad(keep.to(weights.dtype), slot, batch, max_seqlen) / (1 - dropout_p)
+    return weights
+
+
+def _slots(cu_seqlens: Tensor, total: int, max_seqlen: int) -> Tensor:
+    """Where each token is in (B, n) rows padded at their end, as one number."""
+    lengths = cu_seqlens.diff().long()
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=total)
+    return sequence * max_seqlen + torch.arange(total, device=lengths.device) - cu_seqlens.long()[sequence]
+
+
+def _pad(x: Tensor, slot: Tensor, batch: int, n: int) -> Tensor:  # (total, H, D) -> (B, H, n, D)
+    padded = x.new_zeros(batch * n, *x.shape[1:]).index_copy(0, slot, x)
+    return padded.unflatten(0, (batch, n)).transpose(1, 2)

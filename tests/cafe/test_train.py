@@ -46,6 +46,8 @@ def test_learns_what_is_there(run):
     lines = [json.loads(line) for line in (run / "cafe" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(len(lines)))
     assert (run / "cafe" / "curve.png").stat().st_size > 5000
+    assert (run / "cafe" / "theta.png").stat().st_size > 5000
+    assert not (run / "poprec" / "theta.png").exists()
 
 
 @pytest.mark.parametrize(("model", "preset"), [("cafe", "paper"), ("cafe", "best"), ("sasrec", "paper")])

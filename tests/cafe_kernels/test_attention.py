@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cafe_kernels.attention import DistanceMaskedAttention, distance_attention
+from cafe_kernels.attention import distance_attention
 from cafe_kernels.attention.reference import dropout_keep, philox
 
 LENGTHS = [[1], [63, 0, 1], [64, 65], [111, 2, 0, 9], [0, 0]]
@@ -87,39 +87,6 @@ def test_dropout_keeps_its_share_and_follows_seed_and_offset():
     assert not torch.equal(keep, dropout_keep(torch.arange(200), 2, 50, 0.3, seed=5, offset=8))
     assert not torch.equal(keep, dropout_keep(torch.arange(200), 2, 50, 0.3, seed=6, offset=7))
     assert torch.equal(keep[50:], dropout_keep(torch.arange(50, 200), 2, 50, 0.3, seed=5, offset=7))
-
-
-@pytest.mark.parametrize("mask_reads", ["keys", "values"])
-def test_module_equals_equations_5_and_6(mask_reads):
-    """Written out with every term of Eq. 6, the cancelling ones included."""
-    torch.manual_seed(0)
-    n, d, heads = 6, 8, 2
-    module = DistanceMaskedAttention(d, heads, n, mask_reads=mask_reads).double()
-    torch.nn.init.normal_(module.distance_weight)
-    x = torch.randn(n, d, dtype=torch.float64)
-    q, k, v = (
-        m(x).unflatten(-1, (heads, d // heads)).transpose(0, 1) for m in (module.query, module.key, module.value)
-    )
-    distance = torch.arange(n)[:, None] - torch.arange(n)
-    table = torch.cat([torch.randn(heads, n, d // heads, dtype=torch.float64), module.distance], 1)
-    read = k if mask_reads == "keys" else v
-    summed = q[:, :, None] + read[:, None] + table[:, n + distance]
-    log_theta = (summed * module.distance_weight[:, None, None]).sum(-1) + torch.randn(1, dtype=torch.float64)
-    logits = q @ k.transpose(1, 2) / d**0.5 + log_theta
-    weights = logits.masked_fill(distance < 0, -torch.inf).softmax(-1)
-    expected = module.out((weights @ v).transpose(0, 1).flatten(1))
-    torch.testing.assert_close(module(x, torch.tensor([0, n], dtype=torch.int32)), expected)
-
-
-def test_module_starts_at_theta_one_and_learns_it():
-    torch.manual_seed(0)
-    module = DistanceMaskedAttention(8, 2, 10)
-    x, cu = torch.randn(7, 8), torch.tensor([0, 3, 7], dtype=torch.int32)
-    plain = DistanceMaskedAttention(8, 2, None)
-    plain.load_state_dict(module.state_dict(), strict=False)
-    torch.testing.assert_close(module(x, cu), plain(x, cu))
-    module(x, cu).square().sum().backward()
-    assert (module.distance_weight.grad != 0).any()
 
 
 Q = torch.zeros(5, 2, 4)

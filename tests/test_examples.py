@@ -1,0 +1,34 @@
+"""The examples run, on simulated data."""
+
+import gzip
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from cafe.data.simulate import Shop, draw
+
+MAIN = runpy.run_path(str(Path(__file__).parents[1] / "examples/drop_in.py"))["main"]
+SIZES = {"epochs": 4, "batch-size": 16, "dim": 16, "heads": 1, "layers": 1, "length": 8, "dropout": 0, "lr": 0.01}
+
+
+def test_drop_in(tmp_path, capsys):
+    user, item, _ = draw(Shop(interactions=4000, items=400, intents=20, users=500), seed=0)
+    with gzip.open(tmp_path / "interactions.csv.gz", "wt") as file:
+        print("user,item,timestamp", file=file)
+        for time, (u, i) in enumerate(zip(user, item, strict=True)):
+            print(f"u{u},i{i},{time}", file=file)
+    MAIN([str(tmp_path), *(f"--{name}={value}" for name, value in SIZES.items())])
+    printed = capsys.readouterr().out
+    pattern = r"^(\S+) +validation NDCG@10 (\d\.\d{4})  HR@10 (\d\.\d{4})  \(epoch \d\)  \d+\.\d\d s an epoch$"
+    found = {name: (float(ndcg), float(hits)) for name, ndcg, hits in re.findall(pattern, printed, re.MULTILINE)}
+    assert list(found) == ["nn.MultiheadAttention", "DistanceMaskedAttention"], printed
+    by_chance = 10 / 400
+    assert all(ndcg < hits and hits > 2 * by_chance for ndcg, hits in found.values()), printed
+
+
+def test_drop_in_names_the_missing_file(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        MAIN([str(tmp_path)])
+    assert f"no interactions.csv.gz in {tmp_path}" in capsys.readouterr().err
