@@ -58,7 +58,9 @@ def backward(
 def _array(x: Tensor | None) -> Any:
     if x is None:
         return None
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy(force=True)  # its own memory, whatever autograd says
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy(
+        force=True
+    )  # its own memory, whatever autograd says
 
 
 def _machine() -> dict[str, Any]:
