@@ -35,6 +35,8 @@ namespace {
 constexpr int64_t kQueries = 96, kKeys = 192;
 constexpr int64_t kGroups = 64;         // of sequences, at most
 constexpr double kPerThread = 4e6;      // multiply-adds that are worth a thread
+constexpr int64_t kInPlace = 8192;      // floats of a sequence, all heads, that the first-level cache holds unpacked
+constexpr float kOnes[8] = {1, 1, 1, 1, 1, 1, 1, 1};
 constexpr int64_t kMargin = 64;         // more than vectors read before and after the biases
 
 struct Bf16 {
@@ -68,8 +70,9 @@ struct Gradients {
     float* dbias;  // null: not wanted
 };
 
+template <class T>
 struct Rows {
-    const float* x;
+    T* x;
     int64_t stride;
 };
 

@@ -3,8 +3,9 @@
 // register tile) and CAFE_MULTIPLY (the 64-bit products of the low halves of 64-bit lanes) set. The equations are there.
 //
 // All work is matrix products of a strip of kRows rows, whose sums stay in registers, with the rows' softmax in between
-// while the strip is in the first-level cache. What is read as vectors (the right factor of a product) is first packed
-// into panels: two vectors of columns, rows one after another, zeros where a vector is not full.
+// while the strip is in the first-level cache. A product takes its right factor in panels, two vectors of columns. Short
+// sequences of float32 whose rows are whole vectors are read, and results written, where they lie; others, and all that
+// is transposed, are first packed: the rows of a panel one after another, zeros where a vector is not full.
 namespace CAFE_ISA {
 
 #define TARGET CAFE_TARGET
@@ -103,18 +104,25 @@ INLINE Vector exponential(Vector x) {
     return x < -87.0f ? Vector{} : y * (Vector)(((Ints)shifted + 127) << 23);
 }
 
+struct Right {
+    const float* x;
+    int64_t row, panel;  // how far apart the rows of a panel, and the panels, are
+    Right from(int64_t k) const { return {x + k * row, row, panel}; }
+};
+
 // What -inf hides stays hidden, even a NaN.
 INLINE Vector add_bias(Vector x, const float* at) {
     Vector bias = load(at);
     return bias > -std::numeric_limits<float>::infinity() ? x + bias : bias;
 }
 
-// C = alpha * A B (+ C) for M rows and N vectors of columns; A's element (m, k) is a[m * lda + k], or a[k * lda + m].
+// C = alpha * A B (+ C) for M rows, each with its alpha, and N vectors of columns; A's element (m, k) is a[m * lda + k], or
+// a[k * lda + m].
 template <int M, int N, bool kTransposed>
-INLINE void multiply_tile(int64_t depth, const float* a, int64_t lda, const float* b, float alpha, bool add, float* c,
-                          int64_t ldc) {
+INLINE void multiply_tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, const float* alpha, bool add,
+                          float* c, int64_t ldc) {
     Vector sum[M][N] = {};
-    for (int64_t k = 0; k < depth; ++k, b += kPanel) {
+    for (int64_t k = 0; k < depth; ++k, b += ldb) {
         Vector right[N];
         for (int x = 0; x < N; ++x) right[x] = load(b + x * W);
 #pragma GCC unroll 16
@@ -127,32 +135,34 @@ INLINE void multiply_tile(int64_t depth, const float* a, int64_t lda, const floa
     for (int m = 0; m < M; ++m)
         for (int x = 0; x < N; ++x) {
             float* at = c + m * ldc + x * W;
-            store(at, add ? alpha * sum[m][x] + load(at) : alpha * sum[m][x]);
+            store(at, add ? alpha[m] * sum[m][x] + load(at) : alpha[m] * sum[m][x]);
         }
 }
 
-// The same for rows <= kRows and any number of vectors; B's panels lie panel_stride apart.
+// The same for rows <= kRows and any number of vectors.
 template <bool kTransposed, int M = kRows>
-TARGET void multiply(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda, const float* b,
-                     int64_t panel_stride, float alpha, bool add, float* c, int64_t ldc) {
+TARGET void multiply(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda, Right right, const float* alpha,
+                     bool add, float* c, int64_t ldc) {
     if constexpr (M > 1)
-        if (rows < M)
-            return multiply<kTransposed, M - 1>(rows, vectors, depth, a, lda, b, panel_stride, alpha, add, c, ldc);
-    for (; vectors >= 2; vectors -= 2, b += panel_stride, c += kPanel)
-        multiply_tile<M, 2, kTransposed>(depth, a, lda, b, alpha, add, c, ldc);
-    if (vectors) multiply_tile<M, 1, kTransposed>(depth, a, lda, b, alpha, add, c, ldc);
+        if (rows < M) return multiply<kTransposed, M - 1>(rows, vectors, depth, a, lda, right, alpha, add, c, ldc);
+    for (; vectors >= 2; vectors -= 2, right.x += right.panel, c += kPanel)
+        multiply_tile<M, 2, kTransposed>(depth, a, lda, right.x, right.row, alpha, add, c, ldc);
+    if (vectors) multiply_tile<M, 1, kTransposed>(depth, a, lda, right.x, right.row, alpha, add, c, ldc);
 }
 
-// x (n, dim), rows `stride` apart, as panels of n rows.
+// x (n, dim), rows `stride` apart, as a right factor.
 template <class T>
-TARGET void pack(const T* x, int64_t stride, int64_t n, int64_t dim, float* panels) {
+TARGET Right pack(const T* x, int64_t stride, int64_t n, int64_t dim, float* panels) {
+    if constexpr (std::is_same_v<T, float>)
+        if (dim % W == 0 && n * stride <= kInPlace) return {x, stride, kPanel};
     for (int64_t d = 0; d < dim; d += W) {
         float* to = panels + d / kPanel * n * kPanel + d % kPanel;
         for (int64_t j = 0; j < n; ++j) store(to + j * kPanel, load(x + j * stride + d, dim - d));
     }
+    return {panels, kPanel, n * kPanel};
 }
 
-// Its transpose (dim, n), as panels of dim rows.
+// Its transpose (dim, n), as panels of dim rows; the panel of key j, a multiple of kPanel, is at j * dim.
 template <class T>
 TARGET void pack_transposed(const T* x, int64_t stride, int64_t n, int64_t dim, float* panels) {
     for (int64_t j = 0; j < n; j += W) {
@@ -167,11 +177,26 @@ TARGET void pack_transposed(const T* x, int64_t stride, int64_t n, int64_t dim, 
 }
 
 // The left factor of a product is read one number at a time, so float32 is read where it lies.
-INLINE Rows unpacked(const float* x, int64_t stride, int64_t, int64_t, float*) { return {x, stride}; }
-TARGET inline Rows unpacked(const Bf16* x, int64_t stride, int64_t n, int64_t dim, float* room) {
+INLINE Rows<const float> unpacked(const float* x, int64_t stride, int64_t, int64_t, float*) { return {x, stride}; }
+TARGET inline Rows<const float> unpacked(const Bf16* x, int64_t stride, int64_t n, int64_t dim, float* room) {
     for (int64_t i = 0; i < n; ++i)
         for (int64_t d = 0; d < dim; d += W) store(room + i * dim + d, load(x + i * stride + d, dim - d), dim - d);
     return {room, dim};
+}
+
+// Where products write what becomes rows of x: there, or to `room`, for `finish` to convert.
+template <class T>
+INLINE Rows<float> results(T* x, int64_t stride, int64_t dim, float* room) {
+    if constexpr (std::is_same_v<T, float>)
+        if (dim % W == 0) return {x, stride};
+    return {room, (dim + W - 1) / W * W};
+}
+
+template <class T>
+TARGET void finish(Rows<float> from, T* x, int64_t stride, int64_t n, int64_t dim) {
+    if ((void*)from.x == (void*)x) return;
+    for (int64_t row = 0; row < n; ++row)
+        for (int64_t d = 0; d < dim; d += W) store(x + row * stride + d, load(from.x + row * from.stride + d), dim - d);
 }
 
 // mask[r][j] = 1 / (1 - p) where dropout keeps the weight of query token + r and key + j, else 0. The lanes of Philox are
@@ -219,37 +244,37 @@ TARGET void forward(const Problem& p, const Tensors<T>& t, int64_t sequence, int
     const int64_t stride = p.heads * dim, start = begin * stride + head * dim, vectors = (dim + W - 1) / W;
     const int64_t columns = vectors * W, padded = (dim + kPanel - 1) / kPanel * kPanel;
     if (n == 0) return;
-    room.reset(padded * (2 * n + kPanel) + n * dim + kQueries * (columns + 2) + 2 * (kRows + W) * kKeys + 1024);
+    room.reset(padded * (2 * n + kPanel) + n * (dim + columns) + 2 * (kRows + W) * kKeys + 2 * kQueries + 1024);
     float* keys = room.take((n + kPanel) * dim);
-    float* values = room.take(n * padded);
-    float* out = room.take(kQueries * columns);
     float* weights = room.take(kRows * kKeys);
     float* mask = room.take((kRows + W) * kKeys);
     float* top = room.take(kQueries);  // the running maximum and sum of each row
     float* sum = room.take(kQueries);
     pack_transposed(t.k + start, stride, n, dim, keys);
-    pack(t.v + start, stride, n, dim, values);
-    Rows q = unpacked(t.q + start, stride, n, dim, room.take(n * dim));
+    const Right values = pack(t.v + start, stride, n, dim, room.take(n * padded));
+    const Rows<const float> q = unpacked(t.q + start, stride, n, dim, room.take(n * dim));
+    const Rows<float> out = results(t.out + start, stride, dim, room.take(n * columns));
     const float* bias = p.bias + head * p.bias_stride + p.longest - 1;
 
     for (int64_t first = 0; first < n; first += kQueries) {
         const int64_t rows = std::min(kQueries, n - first), seen = std::max(int64_t(0), first - p.window) / kKeys * kKeys;
-        std::fill_n(out, rows * columns, 0.0f);
         std::fill_n(top, rows, std::numeric_limits<float>::lowest());
         std::fill_n(sum, rows, 0.0f);
-        for (int64_t key = seen; key < first + rows; key += kKeys)
+        for (int64_t key = seen; key < first + rows; key += kKeys) {
+            const bool last = key + kKeys >= first + rows;
             for (int64_t strip = 0; strip < rows; strip += kRows) {
-                const int64_t m = std::min<int64_t>(kRows, rows - strip);
+                const int64_t m = std::min<int64_t>(kRows, rows - strip), i = first + strip;
                 const int64_t depth = Block{first, rows, key}.keys(strip, m), across = (depth + W - 1) / W;
-                multiply<false>(m, across, dim, q.x + (first + strip) * q.stride, q.stride, keys + key * dim,
-                                dim * kPanel, 1, false, weights, kKeys);
-                if (p.threshold) draw_mask(p, head, begin + first + strip, key, m, across, mask);
+                multiply<false>(m, across, dim, q.x + i * q.stride, q.stride, {keys + key * dim, kPanel, dim * kPanel}, kOnes,
+                                false, weights, kKeys);
+                if (p.threshold) draw_mask(p, head, begin + i, key, m, across, mask);
+                float alpha[kRows];
                 for (int64_t r = 0; r < m; ++r) {
                     const int64_t row = strip + r;
                     float* w = weights + r * kKeys;
                     Vector highest = top[row] + Vector{}, total = {};
                     for (int64_t x = 0; x < across * W; x += W) {
-                        Vector logit = add_bias(p.scale * load(w + x), bias - (first + row) + key + x);
+                        Vector logit = add_bias(p.scale * load(w + x), bias - (i + r) + key + x);
                         store(w + x, logit);
                         highest = larger(logit, highest);
                     }
@@ -260,22 +285,22 @@ TARGET void forward(const Problem& p, const Tensors<T>& t, int64_t sequence, int
                         store(w + x, p.threshold ? weight * load(mask + r * kKeys + x) : weight);
                     }
                     const float shrink = key == seen ? 0 : exponential(top[row] - now + Vector{})[0];
-                    if (key > seen)
-                        for (int64_t x = 0; x < columns; x += W)
-                            store(out + row * columns + x, shrink * load(out + row * columns + x));
                     sum[row] = sum[row] * shrink + sum_of(total);
                     top[row] = now;
+                    alpha[r] = last ? 1 / sum[row] : 1;
+                    if (key > seen)
+                        for (int64_t x = 0; x < columns; x += W) {
+                            float* at = out.x + (i + r) * out.stride + x;
+                            store(at, shrink * alpha[r] * load(at));
+                        }
                 }
-                multiply<false>(m, vectors, depth, weights, kKeys, values + key * kPanel, n * kPanel, 1, true,
-                                out + strip * columns, columns);
+                multiply<false>(m, vectors, depth, weights, kKeys, values.from(key), alpha, key > seen,
+                                out.x + i * out.stride, out.stride);
             }
-        for (int64_t row = 0; row < rows; ++row) {
-            t.lse[head * p.total + begin + first + row] = top[row] + std::log(sum[row]);
-            T* to = t.out + start + (first + row) * stride;
-            for (int64_t d = 0; d < dim; d += W)
-                store(to + d, load(out + row * columns + d) * (1 / sum[row]), dim - d);
         }
+        for (int64_t row = 0; row < rows; ++row) t.lse[head * p.total + begin + first + row] = top[row] + std::log(sum[row]);
     }
+    finish(out, t.out + start, stride, n, dim);
 }
 
 // dbias[t] += the sum of dS over its diagonal t = i - j. dbias is reversed, as bias is, so that a vector of diagonals is a
@@ -298,45 +323,40 @@ TARGET void backward(const Problem& p, const Gradients<T>& t, int64_t sequence, 
     const int64_t columns = vectors * W, padded = (dim + kPanel - 1) / kPanel * kPanel;
     if (n == 0) return;
     const int64_t tile = kQueries * kStride + W;
-    room.reset(padded * (5 * n + 2 * kPanel) + 2 * n * dim + 2 * n * columns + kQueries * columns + 2 * tile +
-               (kRows + W) * kKeys + 1024);
+    room.reset(padded * (5 * n + 2 * kPanel) + n * (2 * dim + 3 * columns) + 2 * tile + (kRows + W) * kKeys + 1024);
     float* keys_transposed = room.take((n + kPanel) * dim);
     float* values_transposed = room.take((n + kPanel) * dim);
-    float* keys = room.take(n * padded);
-    float* queries = room.take(n * padded);
-    float* gradients = room.take(n * padded);
-    float* dk = room.take(n * columns);
-    float* dv = room.take(n * columns);
-    float* dq = room.take(kQueries * columns);
     float* weights = room.take(tile) + W;
     float* ds = room.take(tile) + W;
     float* mask = room.take((kRows + W) * kKeys);
     pack_transposed(t.k + start, stride, n, dim, keys_transposed);
     pack_transposed(t.v + start, stride, n, dim, values_transposed);
-    pack(t.k + start, stride, n, dim, keys);
-    pack(t.q + start, stride, n, dim, queries);
-    pack(t.grad_out + start, stride, n, dim, gradients);
-    Rows q = unpacked(t.q + start, stride, n, dim, room.take(n * dim));
-    Rows grad_out = unpacked(t.grad_out + start, stride, n, dim, room.take(n * dim));
-    std::fill_n(dk, n * columns, 0.0f);
-    std::fill_n(dv, n * columns, 0.0f);
+    const Right keys = pack(t.k + start, stride, n, dim, room.take(n * padded));
+    const Right queries = pack(t.q + start, stride, n, dim, room.take(n * padded));
+    const Right gradients = pack(t.grad_out + start, stride, n, dim, room.take(n * padded));
+    const Rows<const float> q = unpacked(t.q + start, stride, n, dim, room.take(n * dim));
+    const Rows<const float> grad_out = unpacked(t.grad_out + start, stride, n, dim, room.take(n * dim));
+    const Rows<float> dq = results(t.dq + start, stride, dim, room.take(n * columns));
+    const Rows<float> dk = results(t.dk + start, stride, dim, room.take(n * columns));
+    const Rows<float> dv = results(t.dv + start, stride, dim, room.take(n * columns));
+    float scales[kRows];
+    std::fill_n(scales, kRows, p.scale);
     for (int64_t r = -1; r < std::min(n, kQueries); ++r) store(ds + r * kStride + kKeys, Vector{});
     const float* bias = p.bias + head * p.bias_stride + p.longest - 1;
     dbias += p.longest - 1;
 
     for (int64_t first = 0; first < n; first += kQueries) {
         const int64_t rows = std::min(kQueries, n - first), seen = std::max(int64_t(0), first - p.window) / kKeys * kKeys;
-        std::fill_n(dq, rows * columns, 0.0f);
         for (int64_t key = seen; key < first + rows; key += kKeys) {
             const Block block{first, rows, key};
             for (int64_t strip = 0; strip < rows; strip += kRows) {
                 const int64_t m = std::min<int64_t>(kRows, rows - strip), i = first + strip;
                 const int64_t depth = block.keys(strip, m), across = (depth + W - 1) / W;
                 float *w = weights + strip * kStride, *d = ds + strip * kStride;
-                multiply<false>(m, across, dim, q.x + i * q.stride, q.stride, keys_transposed + key * dim, dim * kPanel,
-                                1, false, w, kStride);
+                multiply<false>(m, across, dim, q.x + i * q.stride, q.stride,
+                                {keys_transposed + key * dim, kPanel, dim * kPanel}, kOnes, false, w, kStride);
                 multiply<false>(m, across, dim, grad_out.x + i * grad_out.stride, grad_out.stride,
-                                values_transposed + key * dim, dim * kPanel, 1, false, d, kStride);
+                                {values_transposed + key * dim, kPanel, dim * kPanel}, kOnes, false, d, kStride);
                 if (p.threshold) draw_mask(p, head, begin + i, key, m, across, mask);
                 for (int64_t r = 0; r < m; ++r) {
                     const float lse = t.lse[head * p.total + begin + i + r];
@@ -353,29 +373,25 @@ TARGET void backward(const Problem& p, const Gradients<T>& t, int64_t sequence, 
                         store(dat, weight * (load(dat) * keep - delta));
                     }
                 }
-                multiply<false>(m, vectors, depth, d, kStride, keys + key * kPanel, n * kPanel, p.scale, true,
-                                dq + strip * columns, columns);
+                multiply<false>(m, vectors, depth, d, kStride, keys.from(key), scales, key > seen, dq.x + i * dq.stride,
+                                dq.stride);
             }
             const int64_t width = block.keys(0, rows);
             for (int64_t strip = 0; strip < width; strip += kRows) {  // of keys; queries before them do not see them
                 const int64_t m = std::min<int64_t>(kRows, width - strip), from = std::max<int64_t>(0, key + strip - first);
-                const int64_t at = (key + strip) * columns, tile_at = from * kStride + strip, panel = (first + from) * kPanel;
-                multiply<true>(m, vectors, rows - from, weights + tile_at, kStride, gradients + panel, n * kPanel, 1, true,
-                               dv + at, columns);
-                multiply<true>(m, vectors, rows - from, ds + tile_at, kStride, queries + panel, n * kPanel, p.scale, true,
-                               dk + at, columns);
+                const int64_t at = key + strip, tile_at = from * kStride + strip;
+                const bool add = first > at;  // the first queries that see a key are its own block's
+                multiply<true>(m, vectors, rows - from, weights + tile_at, kStride, gradients.from(first + from), kOnes, add,
+                               dv.x + at * dv.stride, dv.stride);
+                multiply<true>(m, vectors, rows - from, ds + tile_at, kStride, queries.from(first + from), scales, add,
+                               dk.x + at * dk.stride, dk.stride);
             }
             if (t.dbias) add_diagonals(block, ds, dbias);
         }
-        for (int64_t row = 0; row < rows; ++row)
-            for (int64_t d = 0; d < dim; d += W)
-                store(t.dq + start + (first + row) * stride + d, load(dq + row * columns + d), dim - d);
     }
-    for (int64_t row = 0; row < n; ++row)
-        for (int64_t d = 0; d < dim; d += W) {
-            store(t.dk + start + row * stride + d, load(dk + row * columns + d), dim - d);
-            store(t.dv + start + row * stride + d, load(dv + row * columns + d), dim - d);
-        }
+    finish(dq, t.dq + start, stride, n, dim);
+    finish(dk, t.dk + start, stride, n, dim);
+    finish(dv, t.dv + start, stride, n, dim);
 }
 
 #undef TARGET

@@ -58,8 +58,9 @@ def backward(
 def _array(x: Tensor | None) -> Any:
     if x is None:
         return None
-    x = x.detach()
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy(
+        force=True
+    )  # its own memory, whatever autograd says
 
 
 def _machine() -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A backend is a module with `unavailable(q) -> str | None` (why it cannot run), `forward` and `backward`, with the arguments of the
 operators below. Its tensors are contiguous, `log_theta` is float32 or None, `window` is -1 for none, `max_seqlen` is known.
 
-The operators are registered with torch.library.Library rather than custom_op, whose wrappers take 0.1 ms of a step on a CPU.
+The operators are registered with torch.library.Library rather than custom_op, whose wrappers take 0.1 ms of a step on a CPU, and
+autograd goes past the dispatcher where it can: short sequences take less time than that.
 """
 
 from types import ModuleType
@@ -86,7 +87,7 @@ def backward(
     """Returns the gradients of q, k, v and log_theta; the last is empty where log_theta is None."""
     if len(q) == 0:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), _dlog_theta(q, log_theta)
-    longest = longest_sequence(cu_seqlens, len(q), max_seqlen, log_theta)
+    longest = max_seqlen or longest_sequence(cu_seqlens, len(q), 0, log_theta)  # a given one was checked in forward
     tensors = [x.contiguous() for x in (grad_out, q, k, v)]
     log_theta = None if log_theta is None else log_theta.contiguous()
     dq, dk, dv, dlog_theta = backend_module(options[-1]).backward(
@@ -109,11 +110,18 @@ def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, log_theta:
     return *gradients, _dlog_theta(q, log_theta)
 
 
+def _below_autograd(op: Any, function: Any, inputs: Any) -> Any:
+    """op(*inputs); by its Python function, without the dispatcher, where no tracer or subclass of Tensor waits there."""
+    if type(inputs[0]) is Tensor and not torch._C._len_torch_dispatch_stack():
+        return function(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs)
+
+
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = forward_op(*inputs)
+        out, lse = _below_autograd(forward_op, forward, inputs)
         ctx.save_for_backward(*inputs[:5], out, lse)
         ctx.options = inputs[5:]
         ctx.mark_non_differentiable(lse)
@@ -121,15 +129,19 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
-        *gradients, dlog_theta = backward_op(grad_out, *ctx.saved_tensors, *ctx.options)
-        return *gradients, None if ctx.saved_tensors[3] is None else dlog_theta, *[None] * 8
+        saved = ctx.saved_tensors
+        inputs = (grad_out, *saved, *ctx.options)
+        if torch.is_grad_enabled():  # create_graph=True: through what refuses a second derivative
+            *gradients, dlog_theta = backward_op(*inputs)
+        else:
+            *gradients, dlog_theta = _below_autograd(backward_op, backward, inputs)
+        return *gradients, None if saved[3] is None else dlog_theta, *[None] * 8
 
 
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        with torch._C._AutoDispatchBelowAutograd():
-            return backward_op(*inputs)
+        return _below_autograd(backward_op, backward, inputs)
 
     @staticmethod
     def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
