@@ -50,12 +50,13 @@ class Block(nn.Module):
         options = {"max_seqlen": max_seqlen, "positions": positions, "seed": seed, "offset": offset}
         query = self.norm_attention(x)
         if self.config.block == "query_norm":
-            x = query + self.attention(query, cu_seqlens, key_value=x, **options) * masks[0]
+            x = self.attention(query, cu_seqlens, key_value=x, **options).mul_(masks[0]).add_(query)
             normed = x = self.norm_feed_forward(x)
         else:
-            x = x + self.attention(query, cu_seqlens, **options) * masks[0]
+            x = self.attention(query, cu_seqlens, **options).mul_(masks[0]).add_(x)
             normed = self.norm_feed_forward(x)
-        return x + self.outer(self.inner(normed).relu_() * masks[1]) * masks[2]
+        inner = self.inner(normed).mul_(masks[1]).relu_()  # a mask is not negative: ReLU and dropout commute
+        return self.outer(inner).mul_(masks[2]).add_(x)
 
 
 class Encoder(nn.Module):
@@ -79,7 +80,7 @@ class Encoder(nn.Module):
         masks: Masks = (1.0,) * (1 + SITES * config.layers)
         if self.training and config.dropout:
             masks = dropout_masks((len(masks), *x.shape), config.dropout, [config.seed, stream], x.device)
-        x = torch.add(positions, x, alpha=config.dim**0.5 if config.scale_embeddings else 1.0) * masks[0]
+        x = torch.add(positions, x, alpha=config.dim**0.5 if config.scale_embeddings else 1.0).mul_(masks[0])
         in_attention = positions if config.qk_positions else None
         for number, block in enumerate(self.blocks):
             of_block = masks[1 + SITES * number :][:SITES]
