@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import machine
 from benchmarks.test_training import RECIPES, Trainer, config, epoch, load
-from cafe.batches import Batches
 from cafe.models.blocks import Block, Encoder
 from cafe_kernels import DistanceMaskedAttention
 
@@ -66,7 +65,7 @@ def label(trainer: Trainer) -> None:
             wrap(module.inner, "forward", "feed-forward")
             wrap(module.outer, "forward", "feed-forward")
         elif isinstance(module, DistanceMaskedAttention):
-            wrap(module, "forward", "attention")
+            wrap(module, "packed" if hasattr(module, "packed") else "forward", "attention")
         elif isinstance(module, torch.nn.LayerNorm):
             wrap(module, "forward", "norms")
 

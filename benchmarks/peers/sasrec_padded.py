@@ -113,9 +113,7 @@ class PaddedTrainer:
 
     def step(self, users: np.ndarray) -> None:
         batch = [self.sample(self.histories[user]) for user in users]
-        sequences, positives, negatives = (
-            torch.from_numpy(np.stack(column)) for column in zip(*batch, strict=True)
-        )
+        sequences, positives, negatives = (torch.from_numpy(np.stack(column)) for column in zip(*batch, strict=True))
         positive_logits, negative_logits = self.model(sequences, positives, negatives)
         self.optimizer.zero_grad()
         real = torch.where(positives != 0)
