@@ -84,3 +84,11 @@ def write(name: str, record: dict[str, Any]) -> Path:
     unfinished.write_text(json.dumps({"machine": machine(), **record}, indent=2) + "\n")
     unfinished.replace(path)
     return path
+
+
+def find_data(name: str, given: str | None = None) -> Path | None:
+    """The folder of a real data set: `given`, or shared/data/`name` beside this repository or further up; None if there is none."""
+    if given is not None:
+        return Path(given)
+    found = (parent / "shared" / "data" / name for parent in Path(__file__).resolve().parents)
+    return next((folder for folder in found if folder.exists()), None)

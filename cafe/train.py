@@ -90,7 +90,7 @@ def fit(
         return model
 
     batches = Batches(config, dataset)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    optimizer = make_optimizer(model)
     state: dict[str, Any] = {"step": 0, "best": -1.0, "best_epoch": -1, "since_best": 0, "loss": 0.0, "done": False}
     if resume and (out / "last.safetensors").exists():
         tensors, state = load_checkpoint(out / "last.safetensors")
@@ -106,17 +106,7 @@ def fit(
             made = prefetch(make, range(first, len(batches)))
             model.train()
             for batch in made:
-                torch.manual_seed(config.seed * STREAMS + batch.step)
-                optimizer.zero_grad(set_to_none=True)
-                loss = model.loss(batch.to(torch.device(device)))
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise ValueError(
-                        f"the loss became {value} at step {batch.step} (epoch {epoch}): start a new run with a lower "
-                        f"--lr than {config.lr}"
-                    )
-                loss.backward()
-                optimizer.step()
+                value = train_step(model, optimizer, batch.to(torch.device(device)))
                 state["step"] += 1
                 state["loss"] += value
                 tokens += len(batch.items)
@@ -171,6 +161,31 @@ def fit(
         lengths = np.minimum(batches.train.lengths[batches.rows] - 1, config.max_len)
         plot_theta([mask.theta_curves() for mask in masks], lengths, out / "theta.png")
     return model.eval()
+
+
+def make_optimizer(model: Model) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay, as the model's configuration says."""
+    config = model.config
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def train_step(model: Model, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    """One step on `batch`, whose number fixes the dropout; returns the loss.
+
+    Raises:
+        ValueError: the loss is not finite; the weights are then as before.
+    """
+    torch.manual_seed(model.config.seed * STREAMS + batch.step)
+    optimizer.zero_grad(set_to_none=True)
+    loss = model.loss(batch)
+    value = loss.item()
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the loss became {value} at step {batch.step}: start a new run with a lower --lr than {model.config.lr}"
+        )
+    loss.backward()
+    optimizer.step()
+    return value
 
 
 def load_run(run: str | Path, data: str | Path | None = None) -> tuple[Model, Dataset]:
