@@ -69,16 +69,22 @@ struct Entry {
 };
 
 struct Sums {
-    int64_t dim, tokens, negatives, factors, stride;
+    int64_t dim, tokens, negatives, entries, factors, stride;
     const int32_t* order;
     const int64_t *starts, *targets;  // targets null: segment i goes to row i
     const float *h, *coefficients, *rows;
     float scale;
     float* out;
-    Entry entry(int64_t e) const {
-        if (e >= factors) return {rows + (e - factors) * stride, 1};
-        const int64_t t = e < tokens ? e : uint32_t(e - tokens) / uint32_t(negatives);
-        return {h + t * dim, coefficients[e]};
+    const float* row(int64_t e) const {
+        if (e >= factors) return rows + (e - factors) * stride;
+        return h + (e < tokens ? e : uint32_t(e - tokens) / uint32_t(negatives)) * dim;
+    }
+    Entry entry(int64_t e) const { return {row(e), e < factors ? coefficients[e] : 1}; }
+    void prefetch(int64_t place) const {  // what comes some places after it in `order`
+        if (place + 16 < entries) __builtin_prefetch(coefficients + order[place + 16]);
+        if (place + 8 >= entries) return;
+        const float* next = row(order[place + 8]);
+        for (int64_t x = 0; x < std::min<int64_t>(dim, 256); x += 16) __builtin_prefetch(next + x);
     }
 };
 
@@ -288,7 +294,7 @@ void sum_segments(Array<int32_t> order, Array<int64_t> starts, int64_t segments,
     Sums s;
     s.dim = out.shape(1), s.tokens = h.shape(0), s.factors = coefficients.size(), s.stride = rows.shape(1);
     s.negatives = s.tokens ? std::max<int64_t>(1, (s.factors - s.tokens) / s.tokens) : 1;
-    const int64_t entries = s.factors + rows.shape(0);
+    const int64_t entries = s.entries = s.factors + rows.shape(0);
     const bool fits = s.factors == s.tokens || (s.factors > s.tokens && s.factors == s.tokens * (s.negatives + 1));
     if (!fits) throw std::invalid_argument("coefficients must be (T) or (T + T * K) for the T rows of h, got shape " + shape_of(coefficients));
     if (s.tokens && h.shape(1) != s.dim) throw std::invalid_argument("h must have out's " + std::to_string(s.dim) + " columns, got shape " + shape_of(h));

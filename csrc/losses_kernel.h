@@ -29,7 +29,7 @@ template <class T>
 INLINE void prefetch(const Problem<T>& p, int64_t id) {
     const char* row = reinterpret_cast<const char*>(p.table + id * p.dim);
     const int64_t bytes = std::min<int64_t>(p.dim * sizeof(T), 1024);  // of longer rows the hardware fetches the rest
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);  // to the second level: so many do not fit the first
 }
 
 // h . row for kCount rows
@@ -63,26 +63,32 @@ INLINE Vector dots_of(const float* h, const Row<T>* rows, int64_t count, int64_t
     Vector sum[W] = {};
     int64_t r = 0;
     for (; r + 4 <= count; r += 4) dots<kComposed, 4>(h, rows + r, dim, sum + r);
-    for (; r < count; ++r) dots<kComposed, 1>(h, rows + r, dim, sum + r);
+    if (count - r >= 2) dots<kComposed, 2>(h, rows + r, dim, sum + r), r += 2;
+    if (r < count) dots<kComposed, 1>(h, rows + r, dim, sum + r);
+    Vector total = {};
+    if (count <= 4) {
+        for (int64_t l = 0; l < count; ++l) total[l] = sum_of(sum[l]);
+        return total;
+    }
     transpose(sum);
-    Vector total = sum[0];
-    for (int l = 1; l < W; ++l) total += sum[l];
+    for (int l = 0; l < W; ++l) total += sum[l];
     return total;
 }
 
-// out += sum over rows of factor * row
+// out = sum over rows of factor * row (+ out)
 template <bool kComposed, class T>
-INLINE void add_rows(const Row<T>* rows, const float* factors, int64_t count, int64_t dim, float* out) {
+INLINE void add_rows(const Row<T>* rows, const float* factors, int64_t count, int64_t dim, bool add, float* out) {
     int64_t x = 0;
     for (; x + 4 * W <= dim; x += 4 * W) {
-        Vector sum[4];
-        for (int v = 0; v < 4; ++v) sum[v] = load(out + x + v * W);
+        Vector sum[4] = {};
+        if (add)
+            for (int v = 0; v < 4; ++v) sum[v] = load(out + x + v * W);
         for (int64_t r = 0; r < count; ++r)
             for (int v = 0; v < 4; ++v) sum[v] += factors[r] * at<kComposed>(rows[r], x + v * W);
         for (int v = 0; v < 4; ++v) store(out + x + v * W, sum[v]);
     }
     for (; x < dim; x += W) {
-        Vector sum = load(out + x, dim - x);
+        Vector sum = add ? load(out + x, dim - x) : Vector{};
         for (int64_t r = 0; r < count; ++r) sum += factors[r] * at<kComposed>(rows[r], x, dim - x);
         store(out + x, sum, dim - x);
     }
@@ -142,12 +148,13 @@ INLINE void narrow(const int64_t* ids, int64_t count, int64_t padded, int32_t* o
     for (int64_t k = count; k < padded; ++k) out[k] = -1;
 }
 
-// Negatives a token: rows are read where they lie, the logits' derivatives are kept for the table's gradient.
+// Negatives a token: rows are read where they lie, the positive's after the negatives'; the logits' derivatives are kept for
+// the table's gradient.
 template <bool kComposed, class T>
 TARGET void tokens(const Problem<T>& p, int64_t begin, int64_t end) {
-    const int64_t count = p.negatives, padded = (count + W - 1) / W * W, all = p.tokens * count;
-    const int64_t ahead = 32, tokens_ahead = 1 + ahead / (count + 1);
-    std::vector<Row<T>> rows(count);
+    const int64_t count = p.negatives, padded = (count + W) / W * W, all = p.tokens * count;
+    const int64_t ahead = 64, tokens_ahead = 1 + ahead / (count + 1);
+    std::vector<Row<T>> rows(padded);
     std::vector<float> x(padded);
     std::vector<int32_t> ids(padded);
     for (int64_t t = begin; t < end; ++t) {
@@ -155,23 +162,22 @@ TARGET void tokens(const Problem<T>& p, int64_t begin, int64_t end) {
         const int64_t first = t * count;
         if (t + tokens_ahead < p.tokens) prefetch(p, p.positives[t + tokens_ahead]);
         narrow(p.ids + first, count, padded, ids.data());
-        for (int64_t k = 0; k < count; k += W) {
+        float positive = 0, dpositive = 0;
+        for (int64_t k = 0; k <= count; k += W) {
             const int64_t n = std::min<int64_t>(W, count - k), next = std::min(all, first + k + ahead + n);
             for (int64_t i = first + k + ahead; i < next; ++i) prefetch(p, p.ids[i]);
             for (int64_t r = 0; r < n; ++r) rows[k + r] = row_of<kComposed>(p, p.ids[first + k + r]);
-            Vector products = dots_of<kComposed>(h, &rows[k], n, p.dim);
+            if (n < W) rows[count] = row_of<kComposed>(p, p.positives[t]);
+            Vector products = dots_of<kComposed>(h, &rows[k], std::min<int64_t>(W, n + 1), p.dim);
+            if (n < W) positive = products[n];
             store(&x[k], logits_of(products, p.positives[t], &ids[k], p.ignore ? p.ignore_row(t) + k : nullptr,
                                    p.negative_log_q ? p.negative_log_q + first + k : nullptr, n));
         }
-        const Row<T> own = row_of<kComposed>(p, p.positives[t]);
-        float positive = dot<kComposed>(h, own, p.dim), dpositive = 0;
         if (p.positive_log_q) positive -= p.positive_log_q[t];
         p.losses[t] = finish(p, positive, x.data(), padded, p.dh, p.weights ? p.weights[t] : 1, &dpositive);
         if (!p.dh) continue;
-        float* dh = p.dh + t * p.dim;
-        std::fill_n(dh, p.dim, 0.0f);
-        add_rows<kComposed>(rows.data(), x.data(), count, p.dim, dh);
-        add_rows<kComposed>(&own, &dpositive, 1, p.dim, dh);
+        x[count] = dpositive;
+        add_rows<kComposed>(rows.data(), x.data(), count + 1, p.dim, false, p.dh + t * p.dim);
         p.coefficients[t] = dpositive;
         std::copy_n(x.data(), count, p.coefficients + p.tokens + first);
     }
@@ -224,7 +230,7 @@ TARGET void shared(const Problem<T>& p, int64_t group, int64_t begin, int64_t en
             for (int64_t i = 0; i < rows; ++i) {
                 const int64_t t = first + strip + i;
                 const Row<T> own = row_of<kComposed>(p, p.positives[t]);
-                add_rows<kComposed>(&own, &dpositive[strip + i], 1, dim, &dh[i * columns]);
+                add_rows<kComposed>(&own, &dpositive[strip + i], 1, dim, true, &dh[i * columns]);
                 std::copy_n(&dh[i * columns], dim, p.dh + t * dim);
                 p.coefficients[t] = dpositive[strip + i];
             }
@@ -242,6 +248,7 @@ TARGET inline void sum_segments(const Sums& s, int64_t begin, int64_t end) {
         const int32_t* entries = s.order + s.starts[segment];
         const int64_t count = s.starts[segment + 1] - s.starts[segment];
         float* out = s.out + (s.targets ? s.targets[segment] : segment) * s.dim;
+        for (int64_t place = s.starts[segment]; place < s.starts[segment + 1]; ++place) s.prefetch(place);
         int64_t x = 0;
         for (; x + 4 * W <= s.dim; x += 4 * W) {
             Vector sum[4] = {};

@@ -156,12 +156,19 @@ def choose_backend(h: Tensor, table: Tensor, backend: str | None) -> str:
     name = backend or os.environ.get("CAFE_KERNELS_BACKEND") or None
     if name is None:
         fast = "triton" if h.is_cuda else "cpu"
-        return "reference" if ops.backend_module(fast).unavailable(h, table) else fast
+        return "reference" if _unavailable(fast, h, table) else fast
     if name != "reference" and name not in ops.BACKENDS:
         raise ValueError(f"unknown backend {name!r}: expected reference, {', '.join(ops.BACKENDS)}")
-    if name != "reference" and (reason := ops.backend_module(name).unavailable(h, table)):
+    if name != "reference" and (reason := _unavailable(name, h, table)):
         raise ValueError(f"backend {name!r} cannot run: {reason}")
     return name
+
+
+def _unavailable(name: str, h: Tensor, table: Tensor) -> str | None:
+    try:
+        return ops.backend_module(name).unavailable(h, table)
+    except ImportError as error:  # triton has no wheels for some platforms
+        return str(error)
 
 
 def _loss(

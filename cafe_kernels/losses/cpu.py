@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cafe_kernels import _C
+from cafe_kernels.losses.ops import parts_of
 
 
 def unavailable(h: Tensor, table: Tensor) -> str | None:
@@ -39,11 +40,11 @@ def forward(
     positive_weight: float,
     negative_weight: float,
     gradients: tuple[Tensor, Tensor, Tensor] | None,
-    parts: int,
 ) -> tuple[Tensor, Tensor]:
     losses = h.new_empty(len(h))
     tensors = (h, table, intents, item_intent, positives, negatives, sequence, ignore, positive_log_q, negative_log_q)
     arrays = [_array(x) for x in (*tensors, weights, losses, *(gradients or (None, None, None)))]
+    parts = parts_of(h, negatives, sequence)
     total = _C.sampled_loss(*arrays, kind == "softmax", positive_weight, negative_weight, parts, **_machine())
     return losses, h.new_tensor(total)
 

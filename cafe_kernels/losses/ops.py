@@ -4,7 +4,7 @@ The forward pass makes, with the loss, its derivatives by h and by the logits; t
 rows. Without reduction each token's gradient has its own factor, so the backward pass runs the kernel again with it.
 
 A backend is a module with `unavailable(h, table) -> str | None` (why it cannot run) and
-    forward(*inputs, weights, kind, positive_weight, negative_weight, gradients, parts) -> losses (T,), their sum
+    forward(*inputs, weights, kind, positive_weight, negative_weight, gradients) -> losses (T,), their sum
         `inputs` are those of the operator, contiguous, h and log q float32; weights (T,) or None: a factor of each token's gradient;
         gradients: None, or the tensors to fill, see `_gradients`
     table_gradient(scale, h, shape, ids, coefficients, negative_rows, dense, item_intent, intents_shape) -> ids, rows, dintents
@@ -46,7 +46,7 @@ def backend_module(name: str) -> ModuleType:
     return triton_losses
 
 
-def _parts(h: Tensor, negatives: Tensor, sequence: Tensor | None) -> int:
+def parts_of(h: Tensor, negatives: Tensor, sequence: Tensor | None) -> int:
     """How many sums of gradient rows are kept for each shared negative: fixed, so that no number depends on the threads."""
     if negatives.dim() == 1:
         return max(1, min(16, len(h) // 512))
@@ -63,7 +63,7 @@ def _gradients(h: Tensor, negatives: Tensor, sequence: Tensor | None, wanted: bo
     return (
         torch.empty_like(h, memory_format=torch.contiguous_format),
         h.new_empty(tokens * (1 + negatives.shape[1]) if per_token else tokens),
-        h.new_empty(_parts(h, negatives, sequence) * negatives.shape[-1], (dim + 15) // 16 * 16),
+        h.new_empty(parts_of(h, negatives, sequence) * negatives.shape[-1], (dim + 15) // 16 * 16),
     )
 
 
@@ -75,8 +75,7 @@ def _run(
     h, negatives, sequence = inputs[0], inputs[5], inputs[6]
     gradients = _gradients(h, negatives, sequence, wanted)
     losses, total = backend_module(backend).forward(
-        *inputs, weights, kind, positive_weight, negative_weight, gradients if wanted else None,
-        _parts(h, negatives, sequence),
+        *inputs, weights, kind, positive_weight, negative_weight, gradients if wanted else None
     )  # fmt: skip
     return losses, total, gradients
 
@@ -105,7 +104,7 @@ def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor
     nothing = positives.new_empty(0), h.new_empty(0), h.new_empty(0)
     if not (want_table or want_intents):
         return dh, *nothing
-    drawn = negatives.expand(_parts(h, negatives, sequence), -1) if negatives.dim() == 1 else negatives
+    drawn = negatives.expand(parts_of(h, negatives, sequence), -1) if negatives.dim() == 1 else negatives
     ids, rows, dintents = backend_module(backend).table_gradient(
         scale,
         h.contiguous(),

@@ -64,17 +64,13 @@ def compute(name, h, table, positives, negatives, options, backend, **more):
 
 
 def assert_equal(ours, expected, dim):
-    """1e-5 of the values; the sum of `dim` products that a logit is has an error of some sqrt(dim) roundings, and a logit's error
-    is an error of the loss and, times a row, of a gradient."""
+    """1e-5 of a tensor's largest value, as sums of terms of both signs have it. The sum of `dim` products that a logit is has an
+    error of some sqrt(dim) roundings, and a logit's error is an error of the loss and, times a row, of a gradient."""
     for name, value in expected.items():
         scale = 1e-5 * max(1.0, math.sqrt(dim / 16))
+        largest = max(1.0, float(value.abs().max())) if value.numel() else 1.0
         torch.testing.assert_close(
-            ours[name].double(),
-            value.double(),
-            rtol=scale,
-            atol=scale,
-            equal_nan=True,
-            msg=lambda m, n=name: f"{n}: {m}",
+            ours[name].double(), value.double(), rtol=scale, atol=scale * largest, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -485,13 +481,13 @@ def test_extension_checks_what_it_is_told_to_read():
 
     order, starts = np.array([0, 7], np.int32), np.array([0, 2])
     sums = [None, zeros(0, 4), zeros(0), zeros(2, 4), 1.0, zeros(1, 4), 1]
-    with pytest.raises(IndexError, match="order must hold places 0 ... 1"):
+    with pytest.raises(IndexError, match="order must hold places"):
         _C.sum_segments(order, starts, 1, *sums)
     with pytest.raises(ValueError, match="starts must ascend within the 2 entries"):
         _C.sum_segments(order % 2, np.array([0, 3]), 1, *sums)
     with pytest.raises(IndexError, match="targets must be rows of out"):
         _C.sum_segments(order % 2, starts, 1, np.array([1]), *sums[1:])
-    with pytest.raises(IndexError, match="ids must be in 0 ... 4"):
+    with pytest.raises(IndexError, match="ids must be in 0"):
         _C.sort_ids(np.array([5]), 5, zeros(1, dtype=np.int32), zeros(1, dtype=np.int64), zeros(2, dtype=np.int64))
 
 
