@@ -43,9 +43,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     losses = h.new_empty(len(h))
     tensors = (h, table, intents, item_intent, positives, negatives, sequence, ignore, positive_log_q, negative_log_q)
-    arrays = [_array(x) for x in (*tensors, weights, losses, *(gradients or (None, None, None)))]
-    parts = parts_of(h, negatives, sequence)
-    total = _C.sampled_loss(*arrays, kind == "softmax", positive_weight, negative_weight, parts, **_machine())
+    arrays: list[Any] = [_array(x) for x in (*tensors, weights, losses, *(gradients or (None, None, None)))]
+    loss: dict[str, Any] = {
+        "softmax": kind == "softmax",
+        "positive_weight": positive_weight,
+        "negative_weight": negative_weight,
+    }
+    total = _C.sampled_loss(*arrays, **loss, parts=parts_of(h, negatives, sequence), **_machine())
     return losses, h.new_tensor(total)
 
 
@@ -81,9 +85,9 @@ def _sum(
     starts = ids.new_empty(len(ids) + 1)
     count = _C.sort_ids(_array(ids), limit, _array(order), _array(distinct), _array(starts))
     out = h.new_zeros(limit, h.shape[1]) if dense else h.new_empty(count, h.shape[1])
-    arrays = [_array(x) for x in (h, coefficients, rows)]
-    targets = _array(distinct) if dense else None
-    _C.sum_segments(_array(order), _array(starts), count, targets, *arrays, scale, _array(out), **_machine())
+    given = {"h": h, "coefficients": coefficients, "rows": rows, "out": out, "targets": distinct if dense else None}
+    arrays = {name: _array(x) for name, x in given.items()}
+    _C.sum_segments(_array(order), _array(starts), count, scale=scale, **arrays, **_machine())
     return distinct[:count], out
 
 

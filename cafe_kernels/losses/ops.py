@@ -1,7 +1,8 @@
 """The fast backends of the sampled losses as PyTorch operators: shapes for torch.compile, and autograd.
 
-The forward pass makes, with the loss, its derivatives by h and by the logits; the backward pass scales them and sums the table's
-rows. Without reduction each token's gradient has its own factor, so the backward pass runs the kernel again with it.
+The forward pass makes, with the loss, its derivatives by h and by the logits; the backward pass scales them, which a factor of 1
+spares, and sums the table's rows. Without reduction each token's gradient has its own factor, so the backward pass runs the kernel
+again with it.
 
 A backend is a module with `unavailable(h, table) -> str | None` (why it cannot run) and
     forward(*inputs, weights, kind, positive_weight, negative_weight, gradients) -> losses (T,), their sum
@@ -28,7 +29,7 @@ library = torch.library.Library("cafe_kernels", "FRAGMENT")  # what it registers
 library.define(f"sampled_loss({INPUTS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
 library.define(
     f"sampled_loss_backward(Tensor grad_loss, {INPUTS}, Tensor dh, Tensor coefficients, Tensor negative_rows, {OPTIONS}, "
-    "bool want_table, bool want_intents) -> (Tensor, Tensor, Tensor, Tensor)"
+    "bool want_h, bool want_table, bool want_intents) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 forward_op = torch.ops.cafe_kernels.sampled_loss.default
 backward_op = torch.ops.cafe_kernels.sampled_loss_backward.default
@@ -84,7 +85,9 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the loss, and what the backward pass needs, which is empty without `gradients`."""
     inputs, options = arguments[:NUM_INPUTS], arguments[NUM_INPUTS:]
     reduction, wanted = options[3:5]
-    losses, total, gradients = _run(inputs, None, options, wanted and reduction != "none")
+    h = inputs[0]
+    weights = h.new_full((len(h),), 1 / max(1, len(h))) if reduction == "mean" else None
+    losses, total, gradients = _run(inputs, weights, options, wanted and reduction != "none")
     loss = losses if reduction == "none" else total / len(losses) if reduction == "mean" else total
     return loss, *gradients
 
@@ -92,15 +95,14 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradient of h, that of the table as ids and rows (or no ids, and all rows), and that of the intents' table."""
     inputs, gradients = arguments[:NUM_INPUTS], arguments[NUM_INPUTS : NUM_INPUTS + 3]
-    *options, want_table, want_intents = arguments[NUM_INPUTS + 3 :]
+    *options, want_h, want_table, want_intents = arguments[NUM_INPUTS + 3 :]
     reduction, sparse_grad, backend = options[3], options[5], options[6]
     h, table, intents, item_intent, positives, negatives, sequence = inputs[:7]
     if reduction == "none":
         _, _, gradients = _run(inputs, grad_loss.contiguous(), tuple(options), wanted=True)
-        scale, dh = grad_loss.new_ones(()), gradients[0]
+        scale, dh = grad_loss.new_ones(()), gradients[0] if want_h else h.new_empty(0)
     else:
-        scale = grad_loss / len(h) if reduction == "mean" else grad_loss
-        dh = gradients[0] * scale
+        scale, dh = grad_loss, gradients[0] * grad_loss if want_h else h.new_empty(0)
     nothing = positives.new_empty(0), h.new_empty(0), h.new_empty(0)
     if not (want_table or want_intents):
         return dh, *nothing
@@ -128,7 +130,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _backward_fake(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h, table, intents, _, positives = arguments[:5]
-    sparse_grad, _, want_table, want_intents = arguments[-4:]
+    sparse_grad, _, want_h, want_table, want_intents = arguments[-5:]
     ids, rows = positives.new_empty(0), h.new_empty(0)
     if want_table and sparse_grad:
         count = torch.library.get_ctx().new_dynamic_size()
@@ -136,7 +138,8 @@ def _backward_fake(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, 
     elif want_table:
         rows = torch.empty_like(table, memory_format=torch.contiguous_format)
     dintents = torch.empty_like(intents, memory_format=torch.contiguous_format) if want_intents else h.new_empty(0)
-    return torch.empty_like(h, memory_format=torch.contiguous_format), ids, rows, dintents
+    dh = torch.empty_like(h, memory_format=torch.contiguous_format) if want_h else h.new_empty(0)
+    return dh, ids, rows, dintents
 
 
 class _Forward(torch.autograd.Function):
@@ -156,7 +159,15 @@ class _Forward(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, *nothing
         saved, (want_h, want_table, want_intents) = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        dh, ids, rows, dintents = backward_op(grad_loss, *saved, *ctx.options, want_table, want_intents)
+        reduction = ctx.options[3]
+        # A factor of 1 leaves dh as it is: not under torch.compile, where no value is known, nor where a second derivative, which
+        # the operator refuses, is asked for.
+        known = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.is_grad_enabled()
+        ready = want_h and reduction != "none" and known and grad_loss.item() == 1
+        scale_h = want_h and not ready
+        dh, ids, rows, dintents = backward_op(grad_loss, *saved, *ctx.options, scale_h, want_table, want_intents)
+        if ready:
+            dh = saved[NUM_INPUTS]
         sparse_grad = ctx.options[5]
         if want_table and sparse_grad:
             rows = torch.sparse_coo_tensor(ids[None], rows, saved[1].shape, is_coalesced=True, check_invariants=False)

@@ -18,7 +18,10 @@ from torch import Tensor
 
 from cafe_kernels.losses.ops import parts_of
 
-BLOCK_K, BLOCK_T = 32, 32
+BLOCK_K, BLOCK_T = 16, 16
+# Three bfloat16 parts of a float32 and six products: float32's digits on the tensor cores of NVIDIA and AMD.
+PRECISION = tl.constexpr("bf16x6")
+LAUNCH = {"num_warps": 4, "num_stages": 1}  # of the kernels with products, whose registers are the limit
 
 
 def unavailable(h: Tensor, table: Tensor) -> str | None:
@@ -33,7 +36,7 @@ def unavailable(h: Tensor, table: Tensor) -> str | None:
 
 
 @triton.jit
-def _rows(table, intents, item_intent, ids, live, columns, dim, COMPOSED: tl.constexpr):
+def _rows(table, intents, item_intent, ids, live, columns, dim, COMPOSED: tl.constexpr):  # type: ignore[no-untyped-def]
     """E of `ids` (n,), float32 (n, len(columns)); zeros where not live."""
     inside = live[:, None] & (columns < dim)[None, :]
     rows = tl.load(table + ids[:, None] * dim + columns[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -44,7 +47,7 @@ def _rows(table, intents, item_intent, ids, live, columns, dim, COMPOSED: tl.con
 
 
 @triton.jit
-def _softplus(x):
+def _softplus(x):  # type: ignore[no-untyped-def]
     """max(x, 0) + log(1 + e^-|x|), with the digits of a small one: log(1 + e) = log(u) e / (u - 1) for the rounded u = 1 + e."""
     e = tl.exp(-tl.abs(x))
     u = 1.0 + e
@@ -52,13 +55,13 @@ def _softplus(x):
 
 
 @triton.jit
-def _sigmoid(x):
+def _sigmoid(x):  # type: ignore[no-untyped-def]
     e = tl.exp(-tl.abs(x))
     return tl.where(x > 0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
-def token_kernel(
+def token_kernel(  # type: ignore[no-untyped-def]
     h, table, intents, item_intent, positives, negatives, ignore, positive_log_q, negative_log_q, weights,
     losses, dh, coefficients, tokens, count, dim, positive_weight, negative_weight,
     SOFTMAX: tl.constexpr, COMPOSED: tl.constexpr, IGNORE: tl.constexpr, LOG_Q: tl.constexpr, WEIGHTS: tl.constexpr,
@@ -128,7 +131,7 @@ def token_kernel(
 
 
 @triton.jit
-def _shared_logits(
+def _shared_logits(  # type: ignore[no-untyped-def]
     token, live_tokens, t, positive_id, table, intents, item_intent, negatives, sequence, ignore, negative_log_q,
     group, first, count, columns, dim,
     COMPOSED: tl.constexpr, IGNORE: tl.constexpr, SEQUENCE: tl.constexpr, LOG_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -138,7 +141,7 @@ def _shared_logits(
     live = k < count
     ids = tl.load(negatives + group * count + k, mask=live, other=0)
     rows = _rows(table, intents, item_intent, ids, live, columns, dim, COMPOSED)
-    logits = tl.dot(token, tl.trans(rows), input_precision="ieee")
+    logits = tl.dot(token, tl.trans(rows), input_precision=PRECISION)
     if LOG_Q:
         logits -= tl.load(negative_log_q + group * count + k, mask=live, other=0.0)[None, :]
     hidden = (ids[None, :] == positive_id[:, None]) | (live == 0)[None, :]
@@ -148,11 +151,12 @@ def _shared_logits(
             row = tl.load(sequence + t, mask=live_tokens, other=0)
         both = live_tokens[:, None] & live[None, :]
         hidden = hidden | (tl.load(ignore + row[:, None] * count + k[None, :], mask=both, other=1) != 0)
-    return tl.where(hidden, float("-inf"), logits), rows
+    penalty = tl.where(hidden, 1.0, 0.0)  # a mask of floats: AMD's compiler cannot keep one of bits in shared memory
+    return tl.where(penalty > 0, float("-inf"), logits), rows
 
 
 @triton.jit
-def shared_kernel(
+def shared_kernel(  # type: ignore[no-untyped-def]
     h, table, intents, item_intent, positives, negatives, sequence, ignore, positive_log_q, negative_log_q, weights, starts,
     losses, dh, coefficients, lse, count, dim, positive_weight, negative_weight,
     SOFTMAX: tl.constexpr, COMPOSED: tl.constexpr, IGNORE: tl.constexpr, SEQUENCE: tl.constexpr, LOG_Q: tl.constexpr,
@@ -197,7 +201,7 @@ def shared_kernel(
                 others += tl.sum(tl.where(hidden, 0.0, _softplus(logits)), 1)
                 shares = tl.where(hidden, 0.0, _sigmoid(logits))
             if GRADIENTS:
-                gradient += tl.dot(shares, rows, input_precision="ieee")
+                gradient += tl.dot(shares, rows, input_precision=PRECISION)
         if SOFTMAX:
             total = others + tl.exp(positive - top)
             loss = tl.where(top == positive, _softplus(tl.log(others)), top - positive + tl.log(total))
@@ -216,7 +220,7 @@ def shared_kernel(
 
 
 @triton.jit
-def columns_kernel(
+def columns_kernel(  # type: ignore[no-untyped-def]
     h, table, intents, item_intent, positives, negatives, sequence, ignore, negative_log_q, weights, starts, lse,
     negative_rows, count, dim, stride, negative_weight,
     SOFTMAX: tl.constexpr, COMPOSED: tl.constexpr, IGNORE: tl.constexpr, SEQUENCE: tl.constexpr, LOG_Q: tl.constexpr,
@@ -246,14 +250,14 @@ def columns_kernel(
         if WEIGHTS:
             slopes *= tl.load(weights + t, mask=live, other=0.0)[:, None]
         slopes = tl.where(live[:, None], slopes, 0.0)
-        gradient += tl.dot(tl.trans(slopes), token, input_precision="ieee")
+        gradient += tl.dot(tl.trans(slopes), token, input_precision=PRECISION)
     k = first + tl.arange(0, BLOCK_K)
     out = negative_rows + (r * count + k)[:, None] * stride + columns[None, :]
     tl.store(out, gradient, mask=(k < count)[:, None] & (columns < dim)[None, :])
 
 
 @triton.jit
-def segments_kernel(
+def segments_kernel(  # type: ignore[no-untyped-def]
     order, starts, targets, h, coefficients, rows, scale, out, entries, factors, tokens, negatives, dim, stride,
     TARGETS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -305,7 +309,7 @@ def forward(
         return losses, losses.sum()
     dh, coefficients, negative_rows = gradients or (losses, losses, losses)
     ignore = None if ignore is None else ignore.view(torch.uint8)
-    common = {
+    common: dict[str, Any] = {
         "SOFTMAX": kind == "softmax", "COMPOSED": intents is not None, "IGNORE": ignore is not None,
         "LOG_Q": positive_log_q is not None, "WEIGHTS": weights is not None, "BLOCK_D": _block(dim),
     }  # fmt: skip
@@ -322,7 +326,7 @@ def forward(
     starts = torch.searchsorted(sequence, rows) if groups and sequence is not None else rows * tokens // ranges
     blocks = -(-tokens // BLOCK_T)
     fine = starts if groups else (torch.arange(blocks + 1, device=h.device) * BLOCK_T).clamp(max=tokens)
-    common |= {"SEQUENCE": sequence is not None, "GROUPS": groups, "BLOCK_T": BLOCK_T, "BLOCK_K": BLOCK_K}
+    common |= {"SEQUENCE": sequence is not None, "GROUPS": groups, "BLOCK_T": BLOCK_T, "BLOCK_K": BLOCK_K, **LAUNCH}
     lse = torch.empty_like(losses)
     shared_kernel[(len(fine) - 1,)](
         *inputs, sequence, ignore, positive_log_q, negative_log_q, weights, fine, losses, dh, coefficients, lse, count, dim,
@@ -411,7 +415,13 @@ def compile_cases() -> list[dict[str, Any]]:
     }  # fmt: skip
     cases = []
     for dtype, softmax in (("fp32", True), ("bf16", True), ("fp32", False)):
-        flags = {"SOFTMAX": softmax, "COMPOSED": True, "IGNORE": True, "SEQUENCE": True, "LOG_Q": softmax}
+        flags: dict[str, Any] = {
+            "SOFTMAX": softmax,
+            "COMPOSED": True,
+            "IGNORE": True,
+            "SEQUENCE": True,
+            "LOG_Q": softmax,
+        }
         flags |= {"WEIGHTS": False, "GRADIENTS": True, "GROUPS": False, "TARGETS": False}
         flags |= {"BLOCK_K": BLOCK_K, "BLOCK_T": BLOCK_T, "BLOCK_D": 128}
         for kernel in (token_kernel, shared_kernel, columns_kernel, segments_kernel):
@@ -421,12 +431,13 @@ def compile_cases() -> list[dict[str, Any]]:
             absent = {"weights": None} | ({} if softmax else {"positive_log_q": None, "negative_log_q": None})
             absent |= {"targets": None}
             of_table = {"table": f"*{dtype}", "intents": f"*{dtype}"}
+            launch = LAUNCH if "BLOCK_T" in names else {"num_warps": 4, "num_stages": 3}
             if kernel is segments_kernel:
                 of_table["negatives"] = whole
             constexprs = {n: v for n, v in (flags | absent).items() if n in names}
             signature = {n: "constexpr" if n in constexprs else (types | of_table).get(n, whole) for n in names}
             cases.append({
                 "name": f"{kernel.__name__}, {'softmax' if softmax else 'bce'}, d=128, {dtype} table", "kernel": kernel,
-                "signature": signature, "constexprs": constexprs, "num_warps": 4, "num_stages": 3, "dtype": "fp32",
+                "signature": signature, "constexprs": constexprs, **launch, "dtype": "fp32",
             })  # fmt: skip
     return cases

@@ -396,7 +396,7 @@ def test_opcheck(sharing, reduction):
     grad_loss = torch.ones(10 if reduction == "none" else ())
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in (*arguments[:10], *gradients)]
     for sparse_grad in (False, True):
-        options = (*arguments[10:-2], sparse_grad, "cpu", True, True)
+        options = (*arguments[10:-2], sparse_grad, "cpu", True, True, True)
         torch.library.opcheck(ops.backward_op, (grad_loss, *plain, *options))
 
 
@@ -412,6 +412,15 @@ def test_compiles():
         out = function(*inputs)
         results.append((out.detach(), *torch.autograd.grad(out, inputs)))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_backward_twice_through_a_kept_graph():
+    h, table, positives, negatives, _ = case(10, 4, 8, "token", dtype=torch.float32)
+    loss = sampled_bce(h.requires_grad_(), table.requires_grad_(), positives, negatives)
+    (loss * 1).backward(retain_graph=True)
+    once = h.grad.clone(), table.grad.clone()
+    loss.backward()
+    torch.testing.assert_close((h.grad, table.grad), (2 * once[0], 2 * once[1]), rtol=0, atol=0)
 
 
 def test_second_backward_is_refused():
