@@ -42,14 +42,21 @@ def forward(
     gradients: tuple[Tensor, Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     losses = h.new_empty(len(h))
-    tensors = (h, table, intents, item_intent, positives, negatives, sequence, ignore, positive_log_q, negative_log_q)
-    arrays: list[Any] = [_array(x) for x in (*tensors, weights, losses, *(gradients or (None, None, None)))]
-    loss: dict[str, Any] = {
-        "softmax": kind == "softmax",
-        "positive_weight": positive_weight,
-        "negative_weight": negative_weight,
-    }
-    total = _C.sampled_loss(*arrays, **loss, parts=parts_of(h, negatives, sequence), **_machine())
+    dh, coefficients, negative_rows = gradients or (None, None, None)
+    given = {
+        "h": h, "table": table, "intents": intents, "item_intent": item_intent, "positives": positives,
+        "negatives": negatives, "sequence": sequence, "ignore": ignore, "positive_log_q": positive_log_q,
+        "negative_log_q": negative_log_q, "weights": weights, "losses": losses, "dh": dh, "coefficients": coefficients,
+        "negative_rows": negative_rows,
+    }  # fmt: skip
+    total = _C.sampled_loss(
+        **{name: _array(x) for name, x in given.items()},
+        softmax=kind == "softmax",
+        positive_weight=positive_weight,
+        negative_weight=negative_weight,
+        parts=parts_of(h, negatives, sequence),
+        **_machine(),
+    )
     return losses, h.new_tensor(total)
 
 
