@@ -9,6 +9,7 @@ On the CPU it runs in Triton's interpreter, slowly and only to be tested: when T
 Ids are not checked, and only a sparse gradient waits for the device: to know how many rows it has.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from cafe_kernels.losses.ops import parts_of
 
 BLOCK_K, BLOCK_T = 16, 16
 # Three bfloat16 parts of a float32 and six products: float32's digits on the tensor cores of NVIDIA and AMD.
-PRECISION = tl.constexpr("bf16x6")
+PRECISION = tl.constexpr(
+    "ieee" if os.environ.get("TRITON_INTERPRET") == "1" else "bf16x6"
+)  # the interpreter has float32's own product
 LAUNCH = {"num_warps": 4, "num_stages": 1}  # of the kernels with products, whose registers are the limit
 
 

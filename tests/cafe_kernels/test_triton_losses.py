@@ -45,7 +45,7 @@ else:
 
     @pytest.mark.parametrize("sharing", SHARING)
     @pytest.mark.parametrize("name", LOSSES)
-    @pytest.mark.parametrize(("tokens", "count", "dim"), [(1, 1, 1), (37, 2, 20), (65, 33, 64)])
+    @pytest.mark.parametrize(("tokens", "count", "dim"), [(1, 1, 1), (37, 2, 20), (33, 17, 40)])
     def test_equals_reference(name, sharing, tokens, count, dim):
         check(name, case(tokens, count, dim, sharing, log_q=name == "softmax"), "triton")
 
