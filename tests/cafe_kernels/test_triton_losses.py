@@ -54,7 +54,7 @@ else:
     @pytest.mark.parametrize("sharing", SHARING)
     @pytest.mark.parametrize("name", ["gbce", "softmax"])
     def test_composed_and_ignored(name, sharing, reduction, sparse_grad):
-        arguments = case(33, 9, 24, sharing, compose=True, ignore=True)
+        arguments = case(18, 9, 24, sharing, compose=True, ignore=True)
         check(name, arguments, "triton", reduction=reduction, sparse_grad=sparse_grad)
 
     def test_several_parts():
