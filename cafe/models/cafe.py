@@ -50,11 +50,7 @@ class CAFE(SASRec):
         if self.config.intent_loss == "softmax":
             return cross_entropy(coarse @ self.intent_embedding.T, positives)
         assert batch.intent_negatives is not None
-        rows = nn.functional.embedding(
-            torch.cat([positives[:, None], batch.intent_negatives], 1), self.intent_embedding
-        )
-        logits = (rows @ coarse.unsqueeze(-1)).squeeze(-1)
-        return sampled_bce(logits[:, 0], logits[:, 1:], batch.intent_negatives == positives[:, None])
+        return sampled_bce(coarse, self.intent_embedding, positives, batch.intent_negatives)
 
     def join(
         self, item_logits: Tensor, intent_logits: Tensor | None, weight: float | None = None, protocol: str = "full"

@@ -1,5 +1,7 @@
 """SASRec (Kang & McAuley 2018) on packed sequences: one causal encoder over items, tied embeddings. CAFE's backbone (Eq. 1-3)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -41,19 +43,14 @@ class SASRec(Model):
 
     def item_loss(self, state: Tensor, batch: Batch) -> Tensor:
         """BCE (Eq. 9) or sampled softmax with log-Q correction over the batch's negatives; state (T, d)."""
-        positive = (state * self.embed(batch.positives)).sum(-1)
-        rows = self.embed(batch.negatives)
-        if batch.negatives.dim() == 1:
-            negative = state @ rows.T
-            ignore = batch.ignore[batch.sequence] if batch.ignore is not None else None
-        else:
-            negative = (rows @ state.unsqueeze(-1)).squeeze(-1)
-            ignore = batch.negatives == batch.positives[:, None]
+        options: dict[str, Any] = {"ignore": batch.ignore, "sequence": None if batch.ignore is None else batch.sequence}
+        if self.config.compose_items:
+            options["compose"] = self.item_intent_embedding, self.item_intent
         if self.config.loss == "bce":
-            return sampled_bce(positive, negative, ignore)
+            return sampled_bce(state, self.item_embedding, batch.positives, batch.negatives, **options)
         if batch.positive_log_q is not None and batch.negative_log_q is not None:
-            positive, negative = positive - batch.positive_log_q, negative - batch.negative_log_q
-        return sampled_softmax(positive, negative, ignore)
+            options["log_q"] = batch.positive_log_q, batch.negative_log_q
+        return sampled_softmax(state, self.item_embedding, batch.positives, batch.negatives, **options)
 
     def states(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor | None]:
         """R and R^c after the newest item of each history, (B, d) each."""

@@ -1,0 +1,446 @@
+"""The Triton backend of the sampled losses: the equations of csrc/losses.cpp, for tables of any float dtype, in float32.
+
+    token_kernel      negatives a token: a token a program, its rows read in blocks of BLOCK_K; the softmax rescales as it goes
+    shared_kernel     negatives that a range of tokens shares: loss, dh and the log-sum-exp, a block of tokens a program, by tl.dot
+    columns_kernel    their gradient rows: a block of negatives of a range of tokens a program; makes the logits again
+    segments_kernel   sums the rows of the sorted entries, a distinct id a program: no atomics, the same bits in every run
+
+On the CPU it runs in Triton's interpreter, slowly and only to be tested: when TRITON_INTERPRET=1 is set before triton is imported.
+Ids are not checked, and only a sparse gradient waits for the device: to know how many rows it has.
+"""
+
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cafe_kernels.losses.ops import parts_of
+
+BLOCK_K, BLOCK_T = 16, 16
+# Three bfloat16 parts of a float32 and six products: float32's digits on the tensor cores of NVIDIA and AMD.
+PRECISION = tl.constexpr(
+    "ieee" if os.environ.get("TRITON_INTERPRET") == "1" else "bf16x6"
+)  # the interpreter has float32's own product
+LAUNCH = {"num_warps": 4, "num_stages": 1}  # of the kernels with products, whose registers are the limit
+
+
+def unavailable(h: Tensor, table: Tensor) -> str | None:
+    interpreted = not isinstance(token_kernel, triton.runtime.JITFunction)
+    if h.device.type != ("cpu" if interpreted else "cuda"):
+        return (
+            f"it runs on a GPU, h is on {h.device}; TRITON_INTERPRET=1 in the environment interprets it there, slowly"
+        )
+    if table.dtype not in (torch.float32, torch.float16, torch.bfloat16) or h.dtype == torch.float64:
+        return f"it computes in float32, got {h.dtype} and {table.dtype}; use backend='reference'"
+    return None
+
+
+@triton.jit
+def _rows(table, intents, item_intent, ids, live, columns, dim, COMPOSED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """E of `ids` (n,), float32 (n, len(columns)); zeros where not live."""
+    inside = live[:, None] & (columns < dim)[None, :]
+    rows = tl.load(table + ids[:, None] * dim + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    if COMPOSED:
+        intent = tl.load(item_intent + ids, mask=live, other=0)
+        rows += tl.load(intents + intent[:, None] * dim + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    return rows
+
+
+@triton.jit
+def _softplus(x):  # type: ignore[no-untyped-def]
+    """max(x, 0) + log(1 + e^-|x|), with the digits of a small one: log(1 + e) = log(u) e / (u - 1) for the rounded u = 1 + e."""
+    e = tl.exp(-tl.abs(x))
+    u = 1.0 + e
+    return tl.maximum(x, 0.0) + tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def _sigmoid(x):  # type: ignore[no-untyped-def]
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x > 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def token_kernel(  # type: ignore[no-untyped-def]
+    h, table, intents, item_intent, positives, negatives, ignore, positive_log_q, negative_log_q, weights,
+    losses, dh, coefficients, tokens, count, dim, positive_weight, negative_weight,
+    SOFTMAX: tl.constexpr, COMPOSED: tl.constexpr, IGNORE: tl.constexpr, LOG_Q: tl.constexpr, WEIGHTS: tl.constexpr,
+    GRADIENTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    k = tl.arange(0, BLOCK_K)
+    token = tl.load(h + t * dim + columns, mask=columns < dim, other=0.0)
+    positive_id = tl.load(positives + t)
+    one = tl.zeros((1,), tl.int64)
+    own = tl.sum(_rows(table, intents, item_intent, positive_id + one, one == 0, columns, dim, COMPOSED), 0)
+    positive = tl.sum(own * token)
+    if LOG_Q:
+        positive -= tl.load(positive_log_q + t)
+    top = positive
+    others = positive * 0.0
+    gradient = tl.zeros((BLOCK_D,), tl.float32)
+    weight = 1.0
+    if WEIGHTS:
+        weight = tl.load(weights + t)
+    for first in range(0, count, BLOCK_K):
+        live = first + k < count
+        at = t * count + first + k
+        ids = tl.load(negatives + at, mask=live, other=0)
+        rows = _rows(table, intents, item_intent, ids, live, columns, dim, COMPOSED)
+        logits = tl.sum(rows * token[None, :], 1)
+        if LOG_Q:
+            logits -= tl.load(negative_log_q + at, mask=live, other=0.0)
+        hidden = (ids == positive_id) | (live == 0)
+        if IGNORE:
+            hidden = hidden | (tl.load(ignore + at, mask=live, other=1) != 0)
+        logits = tl.where(hidden, float("-inf"), logits)
+        if SOFTMAX:
+            higher = tl.maximum(top, tl.max(logits, 0))
+            shrink = tl.exp(top - higher)
+            shares = tl.exp(logits - higher)
+            others = others * shrink + tl.sum(shares, 0)
+            gradient = gradient * shrink + tl.sum(shares[:, None] * rows, 0)
+            top = higher
+            if GRADIENTS:
+                tl.store(coefficients + tokens + at, logits, mask=live)
+        else:
+            others += tl.sum(tl.where(hidden, 0.0, _softplus(logits)), 0)
+            if GRADIENTS:
+                slopes = weight * negative_weight * tl.where(hidden, 0.0, _sigmoid(logits))
+                gradient += tl.sum(slopes[:, None] * rows, 0)
+                tl.store(coefficients + tokens + at, slopes, mask=live)
+    if SOFTMAX:
+        total = others + tl.exp(positive - top)
+        # log(total) where the positive is not the largest; else log(1 + others), whose digits softplus keeps
+        loss = tl.where(top == positive, _softplus(tl.log(others)), top - positive + tl.log(total))
+        slope = -weight * others / total
+        gradient *= weight / total
+        if GRADIENTS:
+            for first in range(0, count, BLOCK_K):
+                at = coefficients + tokens + t * count + first + k
+                logits = tl.load(at, mask=first + k < count, other=0.0)
+                tl.store(at, weight * tl.exp(logits - top) / total, mask=first + k < count)
+    else:
+        loss = positive_weight * _softplus(-positive) + negative_weight * others
+        slope = -weight * positive_weight * _sigmoid(-positive)
+    tl.store(losses + t, loss)
+    if GRADIENTS:
+        tl.store(dh + t * dim + columns, gradient + slope * own, mask=columns < dim)
+        tl.store(coefficients + t, slope)
+
+
+@triton.jit
+def _shared_logits(  # type: ignore[no-untyped-def]
+    token, live_tokens, t, positive_id, table, intents, item_intent, negatives, sequence, ignore, negative_log_q,
+    group, first, count, columns, dim,
+    COMPOSED: tl.constexpr, IGNORE: tl.constexpr, SEQUENCE: tl.constexpr, LOG_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The logits (tokens, BLOCK_K) of negatives first ... of a group, -inf where hidden, and their rows."""
+    k = first + tl.arange(0, BLOCK_K)
+    live = k < count
+    ids = tl.load(negatives + group * count + k, mask=live, other=0)
+    rows = _rows(table, intents, item_intent, ids, live, columns, dim, COMPOSED)
+    logits = tl.dot(token, tl.trans(rows), input_precision=PRECISION)
+    if LOG_Q:
+        logits -= tl.load(negative_log_q + group * count + k, mask=live, other=0.0)[None, :]
+    hidden = (ids[None, :] == positive_id[:, None]) | (live == 0)[None, :]
+    if IGNORE:
+        row = t
+        if SEQUENCE:
+            row = tl.load(sequence + t, mask=live_tokens, other=0)
+        both = live_tokens[:, None] & live[None, :]
+        hidden = hidden | (tl.load(ignore + row[:, None] * count + k[None, :], mask=both, other=1) != 0)
+    penalty = tl.where(hidden, 1.0, 0.0)  # a mask of floats: AMD's compiler cannot keep one of bits in shared memory
+    return tl.where(penalty > 0, float("-inf"), logits), rows
+
+
+@triton.jit
+def shared_kernel(  # type: ignore[no-untyped-def]
+    h, table, intents, item_intent, positives, negatives, sequence, ignore, positive_log_q, negative_log_q, weights, starts,
+    losses, dh, coefficients, lse, count, dim, positive_weight, negative_weight,
+    SOFTMAX: tl.constexpr, COMPOSED: tl.constexpr, IGNORE: tl.constexpr, SEQUENCE: tl.constexpr, LOG_Q: tl.constexpr,
+    WEIGHTS: tl.constexpr, GRADIENTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """starts: the ranges of tokens; range r shares negatives row r (GROUPS), or all share the only row."""
+    r = tl.program_id(0).to(tl.int64)
+    group = r if GROUPS else r * 0
+    columns = tl.arange(0, BLOCK_D)
+    end = tl.load(starts + r + 1)
+    for begin in range(tl.load(starts + r), end, BLOCK_T):
+        t = begin + tl.arange(0, BLOCK_T).to(tl.int64)
+        live = t < end
+        inside = live[:, None] & (columns < dim)[None, :]
+        token = tl.load(h + t[:, None] * dim + columns[None, :], mask=inside, other=0.0)
+        positive_id = tl.load(positives + t, mask=live, other=0)
+        own = _rows(table, intents, item_intent, positive_id, live, columns, dim, COMPOSED)
+        positive = tl.sum(own * token, 1)
+        if LOG_Q:
+            positive -= tl.load(positive_log_q + t, mask=live, other=0.0)
+        top = positive
+        others = positive * 0.0
+        gradient = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        weight = tl.zeros((BLOCK_T,), tl.float32) + 1.0
+        if WEIGHTS:
+            weight = tl.load(weights + t, mask=live, other=0.0)
+        for first in range(0, count, BLOCK_K):
+            logits, rows = _shared_logits(
+                token, live, t, positive_id, table, intents, item_intent, negatives, sequence, ignore, negative_log_q,
+                group, first, count, columns, dim, COMPOSED, IGNORE, SEQUENCE, LOG_Q, BLOCK_K,
+            )  # fmt: skip
+            if SOFTMAX:
+                higher = tl.maximum(top, tl.max(logits, 1))
+                shrink = tl.exp(top - higher)
+                shares = tl.exp(logits - higher[:, None])
+                others = others * shrink + tl.sum(shares, 1)
+                gradient *= shrink[:, None]
+                top = higher
+            else:
+                hidden = logits == float("-inf")
+                others += tl.sum(tl.where(hidden, 0.0, _softplus(logits)), 1)
+                shares = tl.where(hidden, 0.0, _sigmoid(logits))
+            if GRADIENTS:
+                gradient += tl.dot(shares, rows, input_precision=PRECISION)
+        if SOFTMAX:
+            total = others + tl.exp(positive - top)
+            loss = tl.where(top == positive, _softplus(tl.log(others)), top - positive + tl.log(total))
+            slope = -weight * others / total
+            gradient *= (weight / total)[:, None]
+            tl.store(lse + t, top + tl.log(total), mask=live)
+        else:
+            loss = positive_weight * _softplus(-positive) + negative_weight * others
+            slope = -weight * positive_weight * _sigmoid(-positive)
+            gradient *= (weight * negative_weight)[:, None]
+        tl.store(losses + t, loss, mask=live)
+        if GRADIENTS:
+            out = dh + t[:, None] * dim + columns[None, :]
+            tl.store(out, gradient + slope[:, None] * own, mask=inside)
+            tl.store(coefficients + t, slope, mask=live)
+
+
+@triton.jit
+def columns_kernel(  # type: ignore[no-untyped-def]
+    h, table, intents, item_intent, positives, negatives, sequence, ignore, negative_log_q, weights, starts, lse,
+    negative_rows, count, dim, stride, negative_weight,
+    SOFTMAX: tl.constexpr, COMPOSED: tl.constexpr, IGNORE: tl.constexpr, SEQUENCE: tl.constexpr, LOG_Q: tl.constexpr,
+    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK_K
+    group = r if GROUPS else r * 0
+    columns = tl.arange(0, BLOCK_D)
+    gradient = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    end = tl.load(starts + r + 1)
+    for begin in range(tl.load(starts + r), end, BLOCK_T):
+        t = begin + tl.arange(0, BLOCK_T).to(tl.int64)
+        live = t < end
+        token = tl.load(
+            h + t[:, None] * dim + columns[None, :], mask=live[:, None] & (columns < dim)[None, :], other=0.0
+        )
+        positive_id = tl.load(positives + t, mask=live, other=0)
+        logits, _ = _shared_logits(
+            token, live, t, positive_id, table, intents, item_intent, negatives, sequence, ignore, negative_log_q,
+            group, first, count, columns, dim, COMPOSED, IGNORE, SEQUENCE, LOG_Q, BLOCK_K,
+        )  # fmt: skip
+        if SOFTMAX:
+            slopes = tl.exp(logits - tl.load(lse + t, mask=live, other=0.0)[:, None])
+        else:
+            slopes = negative_weight * tl.where(logits == float("-inf"), 0.0, _sigmoid(logits))
+        if WEIGHTS:
+            slopes *= tl.load(weights + t, mask=live, other=0.0)[:, None]
+        slopes = tl.where(live[:, None], slopes, 0.0)
+        gradient += tl.dot(tl.trans(slopes), token, input_precision=PRECISION)
+    k = first + tl.arange(0, BLOCK_K)
+    out = negative_rows + (r * count + k)[:, None] * stride + columns[None, :]
+    tl.store(out, gradient, mask=(k < count)[:, None] & (columns < dim)[None, :])
+
+
+@triton.jit
+def segments_kernel(  # type: ignore[no-untyped-def]
+    order, starts, targets, h, coefficients, rows, scale, out, entries, factors, tokens, negatives, dim, stride,
+    TARGETS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Segments that are not there start at `entries`."""
+    segment = tl.program_id(0).to(tl.int64)
+    begin = tl.load(starts + segment)
+    if begin < entries:
+        columns = tl.arange(0, BLOCK_D)
+        inside = columns < dim
+        total = tl.zeros((BLOCK_D,), tl.float32)
+        for place in range(begin, tl.load(starts + segment + 1)):
+            e = tl.load(order + place)
+            if e < factors:
+                t = e
+                if e >= tokens:
+                    t = (e - tokens) // negatives
+                total += tl.load(coefficients + e) * tl.load(h + t * dim + columns, mask=inside, other=0.0)
+            else:
+                total += tl.load(rows + (e - factors) * stride + columns, mask=inside, other=0.0)
+        row = segment
+        if TARGETS:
+            row = tl.load(targets + segment)
+        tl.store(out + row * dim + columns, total * tl.load(scale), mask=inside)
+
+
+def forward(
+    h: Tensor,
+    table: Tensor,
+    intents: Tensor | None,
+    item_intent: Tensor | None,
+    positives: Tensor,
+    negatives: Tensor,
+    sequence: Tensor | None,
+    ignore: Tensor | None,
+    positive_log_q: Tensor | None,
+    negative_log_q: Tensor | None,
+    weights: Tensor | None,
+    kind: str,
+    positive_weight: float,
+    negative_weight: float,
+    gradients: tuple[Tensor, Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    tokens, dim = h.shape
+    count = negatives.shape[-1]
+    losses = h.new_empty(tokens)
+    if tokens == 0:
+        if gradients:
+            gradients[2].zero_()
+        return losses, losses.sum()
+    dh, coefficients, negative_rows = gradients or (losses, losses, losses)
+    ignore = None if ignore is None else ignore.view(torch.uint8)
+    common: dict[str, Any] = {
+        "SOFTMAX": kind == "softmax", "COMPOSED": intents is not None, "IGNORE": ignore is not None,
+        "LOG_Q": positive_log_q is not None, "WEIGHTS": weights is not None, "BLOCK_D": _block(dim),
+    }  # fmt: skip
+    inputs = h, table, intents, item_intent, positives, negatives
+    if negatives.dim() == 2 and sequence is None:
+        token_kernel[(tokens,)](
+            *inputs, ignore, positive_log_q, negative_log_q, weights, losses, dh, coefficients, tokens, count, dim,
+            positive_weight, negative_weight, GRADIENTS=gradients is not None, BLOCK_K=BLOCK_K, **common,
+        )  # fmt: skip
+        return losses, losses.sum()
+    groups = negatives.dim() == 2
+    ranges = parts_of(h, negatives, sequence)
+    rows = torch.arange(ranges + 1, device=h.device)
+    starts = torch.searchsorted(sequence, rows) if groups and sequence is not None else rows * tokens // ranges
+    blocks = -(-tokens // BLOCK_T)
+    fine = starts if groups else (torch.arange(blocks + 1, device=h.device) * BLOCK_T).clamp(max=tokens)
+    common |= {"SEQUENCE": sequence is not None, "GROUPS": groups, "BLOCK_T": BLOCK_T, "BLOCK_K": BLOCK_K, **LAUNCH}
+    lse = torch.empty_like(losses)
+    shared_kernel[(len(fine) - 1,)](
+        *inputs, sequence, ignore, positive_log_q, negative_log_q, weights, fine, losses, dh, coefficients, lse, count, dim,
+        positive_weight, negative_weight, GRADIENTS=gradients is not None, **common,
+    )  # fmt: skip
+    if gradients:
+        columns_kernel[(ranges, triton.cdiv(count, BLOCK_K))](
+            *inputs, sequence, ignore, negative_log_q, weights, starts, lse, negative_rows, count, dim,
+            negative_rows.shape[1], negative_weight, **common,
+        )  # fmt: skip
+    return losses, losses.sum()
+
+
+def table_gradient(
+    scale: Tensor,
+    h: Tensor,
+    shape: torch.Size,
+    ids: Tensor,
+    coefficients: Tensor,
+    negative_rows: Tensor,
+    dense: bool,
+    item_intent: Tensor | None,
+    intents_shape: torch.Size | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    order, starts, distinct = _sorted(ids)
+    entries = h, coefficients, negative_rows
+    if dense:
+        rows, places = _sum(order, starts, distinct, *entries, scale, h.new_zeros(shape)), item_intent
+    else:  # the only wait for the device: how many rows there are
+        count = int((starts[:-1] < len(ids)).sum())
+        distinct = distinct[:count]
+        rows = _sum(order, starts, None, *entries, scale, h.new_empty(count, shape[1]))
+        places = None if item_intent is None else item_intent[distinct]
+    dintents = None
+    if places is not None and intents_shape is not None:
+        none = h[:0], coefficients[:0], rows
+        order, starts, intents = _sorted(places)
+        dintents = _sum(order, starts, intents, *none, torch.ones_like(scale), h.new_zeros(intents_shape))
+    return ids[:0] if dense else distinct, rows, dintents
+
+
+def _sorted(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The order that sorts ids stably; where each distinct id begins in it, followed by len(ids) to the end; and the distinct ids.
+    Without a wait for the device, so nobody knows how many are distinct."""
+    ascending, order = torch.sort(ids, stable=True)
+    place = torch.arange(len(ids), device=ids.device)
+    first = torch.ones_like(ascending, dtype=torch.bool)
+    first[1:] = ascending[1:] != ascending[:-1]
+    starts = torch.where(first, place, len(ids)).sort().values
+    starts = torch.cat([starts, starts.new_full((1,), len(ids))])
+    return order, starts, ascending[starts[:-1].clamp(max=max(0, len(ids) - 1))]
+
+
+def _sum(
+    order: Tensor,
+    starts: Tensor,
+    targets: Tensor | None,
+    h: Tensor,
+    coefficients: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    out: Tensor,
+) -> Tensor:
+    segments = len(starts) - 1 if targets is not None else len(out)
+    if segments:
+        negatives = max(1, (len(coefficients) - len(h)) // max(1, len(h)))
+        segments_kernel[(segments,)](
+            order, starts, targets, h, coefficients, rows, scale, out, len(order), len(coefficients), len(h), negatives,
+            out.shape[1], rows.shape[1], TARGETS=targets is not None, BLOCK_D=_block(out.shape[1]),
+        )  # fmt: skip
+    return out
+
+
+def _block(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+def compile_cases() -> list[dict[str, Any]]:
+    """What is compiled for a training step at d = 128, for the offline report of resources."""
+    ids, real, whole, single = "*i64", "*fp32", "i32", "fp32"
+    types = {
+        "h": real, "intents": None, "item_intent": ids, "positives": ids, "negatives": ids, "sequence": ids, "ignore": "*u8",
+        "positive_log_q": real, "negative_log_q": real, "weights": real, "starts": ids, "losses": real, "dh": real,
+        "coefficients": real, "lse": real, "negative_rows": real, "rows": real, "order": ids, "targets": ids, "scale": real,
+        "out": real, "positive_weight": single, "negative_weight": single,
+    }  # fmt: skip
+    cases = []
+    for dtype, softmax in (("fp32", True), ("bf16", True), ("fp32", False)):
+        flags: dict[str, Any] = {
+            "SOFTMAX": softmax,
+            "COMPOSED": True,
+            "IGNORE": True,
+            "SEQUENCE": True,
+            "LOG_Q": softmax,
+        }
+        flags |= {"WEIGHTS": False, "GRADIENTS": True, "GROUPS": False, "TARGETS": False}
+        flags |= {"BLOCK_K": BLOCK_K, "BLOCK_T": BLOCK_T, "BLOCK_D": 128}
+        for kernel in (token_kernel, shared_kernel, columns_kernel, segments_kernel):
+            if kernel is segments_kernel and (dtype, softmax) != ("fp32", True):
+                continue
+            names = kernel.arg_names
+            absent = {"weights": None} | ({} if softmax else {"positive_log_q": None, "negative_log_q": None})
+            absent |= {"targets": None}
+            of_table = {"table": f"*{dtype}", "intents": f"*{dtype}"}
+            launch = LAUNCH if "BLOCK_T" in names else {"num_warps": 4, "num_stages": 3}
+            if kernel is segments_kernel:
+                of_table["negatives"] = whole
+            constexprs = {n: v for n, v in (flags | absent).items() if n in names}
+            signature = {n: "constexpr" if n in constexprs else (types | of_table).get(n, whole) for n in names}
+            cases.append({
+                "name": f"{kernel.__name__}, {'softmax' if softmax else 'bce'}, d=128, {dtype} table", "kernel": kernel,
+                "signature": signature, "constexprs": constexprs, **launch, "dtype": "fp32",
+            })  # fmt: skip
+    return cases

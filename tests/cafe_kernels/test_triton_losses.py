@@ -1,0 +1,85 @@
+"""The Triton losses in Triton's interpreter against the reference. Triton looks at TRITON_INTERPRET when it is imported, so the tests
+run in a process of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LOSSES, SHARING = ("bce", "gbce", "softmax"), ("token", "sequence", "batch")
+
+if not INTERPRETED:
+
+    def test_in_the_interpreter():
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", str(Path(__file__).resolve())]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+    def test_compile_cases_fit_their_kernels():
+        from cafe_kernels.losses.triton_losses import compile_cases
+
+        cases = compile_cases()
+        assert len({case["name"] for case in cases}) == len(cases)
+        for case in cases:
+            assert list(case["signature"]) == case["kernel"].arg_names
+            constant = {name for name, kind in case["signature"].items() if kind == "constexpr"}
+            assert constant == case["constexprs"].keys()
+            from_annotations = {p.name for p in case["kernel"].params if p.is_constexpr}
+            assert from_annotations <= constant
+
+    def test_a_cpu_tensor_is_refused():
+        from cafe_kernels import sampled_bce
+
+        with pytest.raises(ValueError, match="it runs on a GPU, h is on cpu; TRITON_INTERPRET=1"):
+            sampled_bce(torch.zeros(2, 4), torch.zeros(9, 4), torch.arange(2), torch.arange(3), backend="triton")
+
+else:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from test_losses import case, check, compute
+
+    @pytest.mark.parametrize("sharing", SHARING)
+    @pytest.mark.parametrize("name", LOSSES)
+    @pytest.mark.parametrize(("tokens", "count", "dim"), [(1, 1, 1), (37, 2, 20), (33, 17, 40)])
+    def test_equals_reference(name, sharing, tokens, count, dim):
+        check(name, case(tokens, count, dim, sharing, log_q=name == "softmax"), "triton")
+
+    @pytest.mark.parametrize("sparse_grad", [False, True])
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pytest.mark.parametrize("sharing", SHARING)
+    @pytest.mark.parametrize("name", ["gbce", "softmax"])
+    def test_composed_and_ignored(name, sharing, reduction, sparse_grad):
+        arguments = case(18, 9, 24, sharing, compose=True, ignore=True)
+        check(name, arguments, "triton", reduction=reduction, sparse_grad=sparse_grad)
+
+    def test_several_parts():
+        check("softmax", case(1050, 5, 8, "batch", items=9), "triton")
+
+    @pytest.mark.parametrize("sharing", SHARING)
+    def test_no_tokens(sharing):
+        h, table, positives, negatives, options = case(0, 4, 16, sharing, dtype=torch.float32)
+        total = compute("bce", h, table, positives, negatives, options, "triton", reduction="sum")
+        assert total["loss"] == 0
+        assert (total["table"] == 0).all()
+
+    @pytest.mark.parametrize("sharing", SHARING)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_table(sharing, dtype):
+        h, table, positives, negatives, options = case(20, 9, 24, sharing, dtype=torch.float32)
+        low = table.to(dtype)
+        ours = compute("softmax", h, low, positives, negatives, options, "triton")
+        expected = compute("softmax", h, low.float(), positives, negatives, options, "reference")
+        torch.testing.assert_close(ours["loss"], expected["loss"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours["table"].float(), expected["table"], rtol=2**-8, atol=1e-6)
+
+    @pytest.mark.parametrize("sharing", SHARING)
+    @pytest.mark.parametrize("name", ["bce", "softmax"])
+    def test_all_ignored(name, sharing):
+        h, table, positives, negatives, options = case(20, 4, 8, sharing)
+        positives, negatives = torch.full_like(positives, 3), torch.full_like(negatives, 3)
+        check(name, (h, table, positives, negatives, options), "triton")
