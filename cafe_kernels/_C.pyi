@@ -77,3 +77,15 @@ def adam_rows(
     threads: int,
     isa: str = "auto",
 ) -> None: ...
+def append_step(
+    history: npt.NDArray[np.float64],
+    powers: npt.NDArray[np.float64],
+    first: int,
+    block: int,
+    step: int,
+    c: float,
+    weight: float,
+    decay: float,
+    lr: float,
+) -> None: ...
+def use_huge_pages(array: npt.NDArray[np.uint8]) -> None: ...

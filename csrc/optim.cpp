@@ -23,6 +23,9 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "parallel.h"
 #include "philox.h"
@@ -120,7 +123,7 @@ class History {
         row.beta2_power = float(power(power2_, beta2_, row.gap));
         row.decay = decay_since(s);
         terms.clear();
-        for (int64_t at = s; at < now_;) {
+        for (int64_t at = s; at < now_ && s > 0;) {  // s = 0: never touched, no momentum
             const HistoryRow& h = rows_[at - first_];
             if (!(h.next > double(at))) throw std::invalid_argument("history is damaged at step " + std::to_string(at));
             const int64_t end = int64_t(std::min(h.next, double(now_)));
@@ -179,11 +182,11 @@ std::vector<uint64_t> sort_rows(const int64_t* rows, int64_t n, int64_t table_ro
     return keys;
 }
 
+// Always inlined, and fetch too: GCC takes a function that only prefetches for one without effects, and drops its calls.
 template <class X>
-void prefetch(const X* x, int64_t count, bool write) {
+__attribute__((always_inline)) inline void prefetch(const X* x, int64_t count) {
     auto begin = reinterpret_cast<uintptr_t>(x) & ~uintptr_t(63), end = reinterpret_cast<uintptr_t>(x + count);
-    for (; begin < end; begin += 64)
-        write ? __builtin_prefetch(reinterpret_cast<const void*>(begin), 1) : __builtin_prefetch(reinterpret_cast<const void*>(begin), 0);
+    for (; begin < end; begin += 64) __builtin_prefetch(reinterpret_cast<const void*>(begin));
 }
 
 float to_float(float x) { return x; }
@@ -260,12 +263,12 @@ class Updater {
         });
     }
 
-    void fetch(int64_t row, uint64_t key) const {
+    __attribute__((always_inline)) void fetch(int64_t row, uint64_t key) const {
         const int64_t at = row * table_.dim;
-        prefetch(table_.p + at, table_.dim, true);
-        prefetch(table_.m + at, table_.dim, true);
-        prefetch(table_.v + at, table_.dim, true);
-        if (values_) prefetch(values_ + int64_t(uint32_t(key)) * table_.dim, table_.dim, false);
+        prefetch(table_.p + at, table_.dim);
+        prefetch(table_.m + at, table_.dim);
+        prefetch(table_.v + at, table_.dim);
+        if (values_) prefetch(values_ + int64_t(uint32_t(key)) * table_.dim, table_.dim);
     }
 
     const float* sum(const uint64_t* keys, int64_t count, Room& room) const {
@@ -385,9 +388,43 @@ void adam_rows(py::array table, py::array exp_avg, py::array exp_avg_sq, std::op
     });
 }
 
+// Random rows of a large table miss the TLB too: asks for huge pages under memory that was not written yet. A refusal does no harm.
+void use_huge_pages([[maybe_unused]] py::array a) {
+#ifdef __linux__
+    constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
+    auto begin = (reinterpret_cast<uintptr_t>(a.data()) + kHugePage - 1) / kHugePage * kHugePage;
+    auto end = (reinterpret_cast<uintptr_t>(a.data()) + a.nbytes()) / kHugePage * kHugePage;
+    if (begin >= end) return;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// history.py's `append`, but for the making of rows: the moments of the rows `block` ... step - 1, and row `step`.
+void append_step(py::array_t<double> history, py::array_t<double> powers, int64_t first, int64_t block, int64_t step, double c,
+                 double weight, double decay, double lr) {
+    const int64_t n = step - block, length = powers.size() / 5;
+    if (history.ndim() != 2 || history.shape(1) != 8 || !(history.flags() & py::array::c_style) || powers.ndim() != 2 ||
+        powers.shape(1) != 5 || !(powers.flags() & py::array::c_style))
+        throw std::invalid_argument("history must be contiguous (n, 8), and powers (length, 5)");
+    if (!(0 <= first && first <= block && block < step && n <= length && step - first < history.shape(0)))
+        throw std::invalid_argument("steps must ascend and lie in the history");
+    auto rows = reinterpret_cast<HistoryRow*>(history.mutable_data()) - first;
+    const double* power = powers.data() + (length - n) * 5;
+    for (int64_t s = block; s < step; ++s, power += 5) {
+        double x = weight;
+        for (int i = 0; i < 5; ++i, x *= c) rows[s].moment[i] = rows[s].moment[i] * decay + x * power[i];
+    }
+    rows[step].log_decay = rows[step - 1].log_decay + std::log(decay);
+    rows[step].lr = lr;
+}
+
 }  // namespace
 
 void register_optim(py::module_& m) {
+    m.def("append_step", &append_step, py::arg("history").noconvert(), py::arg("powers").noconvert(), py::arg("first"),
+          py::arg("block"), py::arg("step"), py::arg("c"), py::arg("weight"), py::arg("decay"), py::arg("lr"),
+          "Adds a step to the exact mode's history; see cafe_kernels/optim/history.py.");
+    m.def("use_huge_pages", &use_huge_pages, py::arg("array"), "Asks the system for huge pages under the array.");
     m.def("adam_rows", &adam_rows, py::arg("table").noconvert(), py::arg("exp_avg").noconvert(),
           py::arg("exp_avg_sq").noconvert(), py::arg("last_step").noconvert(), py::arg("history").noconvert(),
           py::arg("rows").noconvert(), py::arg("values").noconvert(), py::arg("first"), py::arg("step"), py::arg("lr"),

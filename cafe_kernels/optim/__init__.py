@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from cafe_kernels import _C
 from cafe_kernels.optim import history as past
 
 __all__ = ["RowSparseAdam"]
@@ -180,7 +181,10 @@ class RowSparseAdam(torch.optim.Optimizer):
         default = torch.float64 if table.dtype == torch.float64 else torch.float32
         state = {"step": torch.zeros((), dtype=torch.int64)}
         for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros(table.shape, dtype=self.moments_dtype or default, device=table.device)
+            moment = torch.empty(table.shape, dtype=self.moments_dtype or default, device=table.device)
+            if table.device.type == "cpu":  # before it is first written
+                _C.use_huge_pages(moment.view(torch.uint8).numpy())
+            state[name] = moment.zero_()
         if group["mode"] == "exact":
             state["last_step"] = torch.zeros(len(table), dtype=torch.int32, device=table.device)
             state["history"] = past.new(table.device)

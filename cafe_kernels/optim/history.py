@@ -26,6 +26,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from cafe_kernels import _C
+
 SPREAD = 1.15
 NEGLIGIBLE = 2.0**-30  # csrc/optim.cpp: kNegligible
 MOMENTS, LOG_DECAY, NEXT, LR = 5, 5, 6, 7  # columns: M_0 ... M_4, log of all decays up to s, last step of the block, lr_s
@@ -54,18 +56,28 @@ def append(
     if step - block > length or _log_q(step, beta2) - _log_q(block + 1, beta2) > math.log(SPREAD):
         history[block - first : step - 1 - first, NEXT] = step - 1
         block = step - 1
-    moments = history[block - first : step - first, :MOMENTS]
     decay = 1 - lr * weight_decay
-    if weight_decay:
-        moments *= decay
-    powers = _powers(beta1, beta2, length, history.device)[length - (step - block) :]
     c = math.sqrt(-math.expm1(step * math.log(beta2)))
     weight = lr * c / (1 - beta1**step)
+    powers = _powers(beta1, beta2, length, history.device)
+    if history.device.type == "cpu":
+        _C.append_step(history.numpy(), powers.numpy(), first, block, step, c, weight, decay, lr)
+    else:
+        append_step(history, powers, first, block, step, c, weight, decay, lr)
+    return history, block
+
+
+def append_step(
+    history: Tensor, powers: Tensor, first: int, block: int, step: int, c: float, weight: float, decay: float, lr: float
+) -> None:
+    """What csrc/optim.cpp's append_step does, on any device."""
+    moments = history[block - first : step - first, :MOMENTS]
+    moments *= decay
+    powers = powers[len(powers) - (step - block) :]
     for i in range(MOMENTS):
         moments[:, i].add_(powers[:, i], alpha=weight * c**i)
     torch.add(history[step - 1 - first, LOG_DECAY], math.log(decay), out=history[step - first, LOG_DECAY])
     history[step - first, LR] = lr
-    return history, block
 
 
 def _log_q(j: int, beta2: float) -> float:
