@@ -66,8 +66,10 @@ class RowSparseAdam(torch.optim.Optimizer):
     State of a table: exp_avg and exp_avg_sq (V, d), step; in the exact mode also last_step (V) int32, and a history of 64 bytes a
     step since the last flush. All are tensors. As in torch, load_state_dict shares the tensors it is given.
 
-    Errors: lazy, exact and their dense counterparts differ by float32's rounding: 1e-6 of a weight and less (history.py). bfloat16
-    tables and moments: see RESULTS below. Gradients that are not finite spoil their row, as in torch.optim, and no other.
+    Errors: from torch's optimizers in float64, float32's rounding: some 2e-6 of a weight after 1,000 steps, less than torch's own in
+    float32. In the norm of what a table moved in 1,000 steps of lr 1e-4 (weights of size 0.1): 3e-6 in float32; 0.008 with bfloat16
+    moments; 0.10 with a bfloat16 table, which is the noise of stochastic rounding, of mean 0 (to nearest 0.91: it stands still).
+    Gradients that are not finite spoil their elements, as in torch.optim, and no other.
 
     Raises:
         ValueError: options out of range; a table or gradient that is not as above.
@@ -117,7 +119,7 @@ class RowSparseAdam(torch.optim.Optimizer):
             raise
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every table that has a gradient. Returns what `closure`, if given, returns."""
         loss = None
         if closure is not None:

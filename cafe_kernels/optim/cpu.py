@@ -23,9 +23,9 @@ def unavailable(table: Tensor) -> str | None:
 
 def update(*arguments: Any) -> None:
     """See reference.update."""
-    tensors = [_array(x) for x in arguments[:7]]
-    isa = os.environ.get("CAFE_KERNELS_ISA", "auto")
-    _C.adam_rows(*tensors, *arguments[7:], torch.get_num_threads(), isa)
+    arrays = [_array(x) for x in arguments[:7]]
+    machine: dict[str, Any] = {"threads": torch.get_num_threads(), "isa": os.environ.get("CAFE_KERNELS_ISA", "auto")}
+    _C.adam_rows(*arrays, *arguments[7:], **machine)
 
 
 def _array(x: Tensor | None) -> Any:

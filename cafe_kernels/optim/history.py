@@ -14,9 +14,9 @@ over the steps j = s + 1, s + 2 ... of its block. A block ends when q has grown 
 weight no longer counts; the sum goes on with the row of the block's last step, whose moments only need scaling. From the moments a
 backend has the sum of a block as a series about the mean E of eps q, with central moments (csrc/optim.cpp has the formula).
 
-Error. In a block q is within a factor SPREAD = 1.15, so |q / mean - 1| <= 0.14 and, about the middle, 0.07. The series is
-exact for polynomials of degree 4 in q and leaves a remainder of at most the sixth moment (0.07^6 = 1e-7 of the block's sum; a
-fifth, where weights are skewed), and less as sqrt(v) outgrows eps. Terms with rho^k < NEGLIGIBLE (beta1 = 0.9: k > 198) are dropped: together
+Error. In a block q is within a factor SPREAD = 1.15, so |q / mean - 1| <= 0.14 and, about the middle, 0.07. The series is exact for
+polynomials of degree 4 in q and leaves a remainder of at most the sixth moment (0.07^6 = 1e-7 of the block's sum; a fifth, where
+weights are skewed), and less as sqrt(v) outgrows eps. Terms with rho^k < NEGLIGIBLE (beta1 = 0.9: k > 198) are dropped: together
 2^-30 of the first ones. The decay is exact but for rounding. So the errors are those of float32, which dense Adam makes too.
 """
 
@@ -30,7 +30,12 @@ from cafe_kernels import _C
 
 SPREAD = 1.15
 NEGLIGIBLE = 2.0**-30  # csrc/optim.cpp: kNegligible
-MOMENTS, LOG_DECAY, NEXT, LR = 5, 5, 6, 7  # columns: M_0 ... M_4, log of all decays up to s, last step of the block, lr_s
+MOMENTS, LOG_DECAY, NEXT, LR = (
+    5,
+    5,
+    6,
+    7,
+)  # columns: M_0 ... M_4, log of all decays up to s, last step of the block, lr_s
 
 
 def window(beta1: float, beta2: float) -> int:

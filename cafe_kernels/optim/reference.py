@@ -114,7 +114,12 @@ def _round(x: Tensor, dtype: torch.dtype, rows: Tensor, which: int, step: int, s
     quads = (dim + 15) // 16 * 4
     column = torch.arange(dim, device=x.device)
     position = (rows[:, None] * 3 + which) * quads + column // 4
-    counter = [position & 0xFFFFFFFF, position >> 32, torch.full_like(position, step), torch.full_like(position, STREAM)]
+    counter = [
+        position & 0xFFFFFFFF,
+        position >> 32,
+        torch.full_like(position, step),
+        torch.full_like(position, STREAM),
+    ]
     words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
     word = torch.where(column % 4 < 2, words[0], words[1])
     bits = x.float().view(torch.int32).long() & 0xFFFFFFFF

@@ -7,6 +7,7 @@ different rows there are is never asked. Scalars of the exact mode are computed 
 On the CPU it runs in Triton's interpreter, slowly and only to be tested: when TRITON_INTERPRET=1 is set before triton is imported.
 """
 
+# mypy: allow-untyped-defs
 import math
 from typing import Any
 
