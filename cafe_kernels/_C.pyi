@@ -101,3 +101,34 @@ def sum_segments(
     threads: int,
     isa: str = "auto",
 ) -> None: ...
+def adam_rows(
+    table: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    exp_avg: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    exp_avg_sq: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    last_step: npt.NDArray[np.int32] | None,
+    history: npt.NDArray[np.float64] | None,
+    rows: npt.NDArray[np.int64] | None,
+    values: npt.NDArray[np.float32] | npt.NDArray[np.uint16] | None,
+    first: int,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seed: int | None,
+    threads: int,
+    isa: str = "auto",
+) -> None: ...
+def append_step(
+    history: npt.NDArray[np.float64],
+    powers: npt.NDArray[np.float64],
+    first: int,
+    block: int,
+    step: int,
+    c: float,
+    weight: float,
+    decay: float,
+    lr: float,
+) -> None: ...
+def use_huge_pages(array: npt.NDArray[np.uint8]) -> None: ...

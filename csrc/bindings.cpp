@@ -4,6 +4,7 @@
 namespace cafe {
 void register_attention(pybind11::module_&);
 void register_losses(pybind11::module_&);
+void register_optim(pybind11::module_&);
 void register_sampler(pybind11::module_&);
 }
 
@@ -11,5 +12,6 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "C++ kernels of cafe_kernels. Use the functions of cafe_kernels, which check and explain their inputs.";
     cafe::register_attention(m);
     cafe::register_losses(m);
+    cafe::register_optim(m);
     cafe::register_sampler(m);
 }
