@@ -26,7 +26,7 @@ class SASRec(Model):
 
     def embed(self, items: Tensor) -> Tensor:
         """E_v of `items`, (*items.shape, d): an item's own row, plus that of its intent where items are composed."""
-        rows = nn.functional.embedding(items, self.item_embedding)
+        rows = nn.functional.embedding(items, self.item_embedding, sparse=True)
         if self.config.compose_items:
             rows = rows + nn.functional.embedding(self.item_intent[items], self.item_intent_embedding)
         return rows
@@ -43,7 +43,11 @@ class SASRec(Model):
 
     def item_loss(self, state: Tensor, batch: Batch) -> Tensor:
         """BCE (Eq. 9) or sampled softmax with log-Q correction over the batch's negatives; state (T, d)."""
-        options: dict[str, Any] = {"ignore": batch.ignore, "sequence": None if batch.ignore is None else batch.sequence}
+        options: dict[str, Any] = {
+            "ignore": batch.ignore,
+            "sequence": None if batch.ignore is None else batch.sequence,
+            "sparse_grad": True,
+        }
         if self.config.compose_items:
             options["compose"] = self.item_intent_embedding, self.item_intent
         if self.config.loss == "bce":
@@ -51,6 +55,12 @@ class SASRec(Model):
         if batch.positive_log_q is not None and batch.negative_log_q is not None:
             options["log_q"] = batch.positive_log_q, batch.negative_log_q
         return sampled_softmax(state, self.item_embedding, batch.positives, batch.negatives, **options)
+
+    def tables(self) -> list[nn.Parameter]:
+        return [self.item_embedding]
+
+    def rows_read(self, batch: Batch) -> list[Tensor]:
+        return [torch.cat([batch.items, batch.positives, batch.negatives.flatten()])]
 
     def states(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor | None]:
         """R and R^c after the newest item of each history, (B, d) each."""
