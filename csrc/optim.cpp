@@ -182,11 +182,17 @@ std::vector<uint64_t> sort_rows(const int64_t* rows, int64_t n, int64_t table_ro
     return keys;
 }
 
-// Always inlined, and fetch too: GCC takes a function that only prefetches for one without effects, and drops its calls.
+// For writing: lines that are fetched for reading are asked for again when they are written. (GCC would not emit prefetchw for
+// every x86, though all since 2004 take it, and drops calls of functions that only prefetch; hence the assembly.)
 template <class X>
-__attribute__((always_inline)) inline void prefetch(const X* x, int64_t count) {
+void prefetch_row(const X* x, int64_t count) {
     auto begin = reinterpret_cast<uintptr_t>(x) & ~uintptr_t(63), end = reinterpret_cast<uintptr_t>(x + count);
-    for (; begin < end; begin += 64) __builtin_prefetch(reinterpret_cast<const void*>(begin));
+    for (; begin < end; begin += 64)
+#ifdef CAFE_X86
+        asm volatile("prefetchw (%0)" : : "r"(begin));
+#else
+        __builtin_prefetch(reinterpret_cast<const void*>(begin), 1);
+#endif
 }
 
 float to_float(float x) { return x; }
@@ -265,10 +271,10 @@ class Updater {
 
     __attribute__((always_inline)) void fetch(int64_t row, uint64_t key) const {
         const int64_t at = row * table_.dim;
-        prefetch(table_.p + at, table_.dim);
-        prefetch(table_.m + at, table_.dim);
-        prefetch(table_.v + at, table_.dim);
-        if (values_) prefetch(values_ + int64_t(uint32_t(key)) * table_.dim, table_.dim);
+        prefetch_row(table_.p + at, table_.dim);
+        prefetch_row(table_.m + at, table_.dim);
+        prefetch_row(table_.v + at, table_.dim);
+        if (values_) prefetch_row(values_ + int64_t(uint32_t(key)) * table_.dim, table_.dim);
     }
 
     const float* sum(const uint64_t* keys, int64_t count, Room& room) const {
@@ -388,14 +394,18 @@ void adam_rows(py::array table, py::array exp_avg, py::array exp_avg_sq, std::op
     });
 }
 
-// Random rows of a large table miss the TLB too: asks for huge pages under memory that was not written yet. A refusal does no harm.
-void use_huge_pages([[maybe_unused]] py::array a) {
+// Random rows of a large table miss the TLB too: asks for huge pages, with `collapse` for memory that was already written (Linux 6.1
+// copies it). The contents stay as they are, and a refusal does no harm.
+void use_huge_pages([[maybe_unused]] py::array a, [[maybe_unused]] bool collapse) {
 #ifdef __linux__
     constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
     auto begin = (reinterpret_cast<uintptr_t>(a.data()) + kHugePage - 1) / kHugePage * kHugePage;
     auto end = (reinterpret_cast<uintptr_t>(a.data()) + a.nbytes()) / kHugePage * kHugePage;
     if (begin >= end) return;
+    py::gil_scoped_release release;
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers lack
+    if (collapse) madvise(reinterpret_cast<void*>(begin), end - begin, kCollapse);
 #endif
 }
 
@@ -424,7 +434,8 @@ void register_optim(py::module_& m) {
     m.def("append_step", &append_step, py::arg("history").noconvert(), py::arg("powers").noconvert(), py::arg("first"),
           py::arg("block"), py::arg("step"), py::arg("c"), py::arg("weight"), py::arg("decay"), py::arg("lr"),
           "Adds a step to the exact mode's history; see cafe_kernels/optim/history.py.");
-    m.def("use_huge_pages", &use_huge_pages, py::arg("array"), "Asks the system for huge pages under the array.");
+    m.def("use_huge_pages", &use_huge_pages, py::arg("array"), py::arg("collapse"),
+          "Asks the system for huge pages under the array, which may be written already if `collapse`.");
     m.def("adam_rows", &adam_rows, py::arg("table").noconvert(), py::arg("exp_avg").noconvert(),
           py::arg("exp_avg_sq").noconvert(), py::arg("last_step").noconvert(), py::arg("history").noconvert(),
           py::arg("rows").noconvert(), py::arg("values").noconvert(), py::arg("first"), py::arg("step"), py::arg("lr"),

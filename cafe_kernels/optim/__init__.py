@@ -185,8 +185,10 @@ class RowSparseAdam(torch.optim.Optimizer):
         for name in ("exp_avg", "exp_avg_sq"):
             moment = torch.empty(table.shape, dtype=self.moments_dtype or default, device=table.device)
             if table.device.type == "cpu":  # before it is first written
-                _C.use_huge_pages(moment.view(torch.uint8).numpy())
+                _C.use_huge_pages(moment.view(torch.uint8).numpy(), False)
             state[name] = moment.zero_()
+        if table.device.type == "cpu":
+            _C.use_huge_pages(table.detach().view(torch.uint8).numpy(), True)
         if group["mode"] == "exact":
             state["last_step"] = torch.zeros(len(table), dtype=torch.int32, device=table.device)
             state["history"] = past.new(table.device)

@@ -304,7 +304,7 @@ def test_bad_numbers_stay_in_their_row(bad, mode, isa):
 @pytest.mark.parametrize("mode", ["lazy", "exact"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_dict_goes_on_bit_for_bit(mode, dtype, tmp_path):
-    """In the exact mode without a flush: rows are behind when it is saved. Three rows of history's buffer, one a full one."""
+    """In the exact mode without a flush: rows are behind when it is saved."""
     options = {"mode": mode, "weight_decay": 0.1, "moments_dtype": torch.bfloat16 if dtype == torch.bfloat16 else None}
     steps = list(gradients(40, 20, 700))
     w = table(40, 20, dtype)
@@ -318,7 +318,6 @@ def test_state_dict_goes_on_bit_for_bit(mode, dtype, tmp_path):
     assert all(isinstance(x, torch.Tensor) and x.is_contiguous() for x in state["state"][0].values())
     resumed = RowSparseAdam([again], **{**options, "mode": "lazy"})  # what is saved counts
     resumed.load_state_dict(state)
-    assert resumed.state[again]["exp_avg"].dtype == options["moments_dtype"] or torch.float32
     train(resumed, again, steps[300:], 700, start=300)
     resumed.flush()
     assert torch.equal(w, again)
