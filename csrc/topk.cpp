@@ -576,9 +576,81 @@ py::tuple count_above(const Index& index, Array<float> user, std::optional<Array
     return py::make_tuple(total.scored, total.exact);
 }
 
+// Fills the arrays of an index for groups of items order[borders[g]] to order[borders[g + 1]], whose blocks begin at start[g].
+void build(Array<float> table, Array<int32_t> order, Array<int64_t> borders, Array<int32_t> start, Array<float> centroids,
+           Array<double> centroid_norm, Array<double> radius, Array<double> error, Array<float> scale,
+           Array<int32_t> slot_item, Array<uint8_t> codes, int64_t threads) {
+    require(table.ndim() == 2, "table must be (items, dim)");
+    require(threads >= 1, "threads must be at least 1");
+    const int64_t items = table.shape(0), dim = table.shape(1), quads = (dim + 3) / 4, groups = start.size() - 1, blocks = radius.size();
+    const int64_t *border = data("borders", borders, {groups + 1});
+    const int32_t *item = data("order", order, {items}), *block = start.data();
+    data("centroids", centroids, {(groups + kBlock - 1) / kBlock, dim, kBlock}), data("centroid_norm", centroid_norm, {groups});
+    data("error", error, {blocks}), data("scale", scale, {blocks * kBlock}), data("slot_item", slot_item, {blocks * kBlock});
+    data("codes", codes, {blocks, quads, kBlock, 4});
+    require(border[0] == 0 && border[groups] == items && block[0] == 0 && block[groups] == blocks, "borders are damaged");
+    for (int64_t g = 0; g < groups; ++g)
+        require(border[g] <= border[g + 1] && border[g + 1] - border[g] <= (block[g + 1] - block[g]) * kBlock, "borders are damaged");
+    for (int64_t i = 0; i < items; ++i) require(item[i] >= 0 && item[i] < items, "order must be of items");
+    const float* rows = table.data();
+    float *centroid_of = centroids.mutable_data(), *scales = scale.mutable_data();
+    double *norm = centroid_norm.mutable_data(), *radii = radius.mutable_data(), *errors = error.mutable_data();
+    int32_t* slots = slot_item.mutable_data();
+    uint8_t* code = codes.mutable_data();
+    py::gil_scoped_release release;
+    std::fill_n(slots, blocks * kBlock, -1), std::fill_n(scales, blocks * kBlock, 0.0f);
+    std::fill_n(radii, blocks, 0.0), std::fill_n(errors, blocks, 0.0);
+    std::fill_n(code, blocks * quads * kBlock * 4, uint8_t(128)), std::fill_n(centroid_of, centroids.size(), 0.0f);
+    parallel_for(groups, threads, [&](int64_t g) {
+        const int64_t n = border[g + 1] - border[g];
+        std::vector<double> centroid(dim);
+        for (int64_t j = border[g]; j < border[g + 1]; ++j)
+            for (int64_t i = 0; i < dim; ++i) centroid[i] += rows[item[j] * dim + i];
+        double square = 0;
+        for (int64_t i = 0; i < dim; ++i) {
+            const float rounded = float(centroid[i] / double(std::max<int64_t>(n, 1)));
+            centroid_of[(g / kBlock * dim + i) * kBlock + g % kBlock] = rounded;
+            centroid[i] = rounded, square += double(rounded) * rounded;
+        }
+        norm[g] = std::sqrt(square) * (1 + 1e-10);
+        std::vector<std::pair<double, int32_t>> far(n);  // the farthest from the centroid first
+        for (int64_t j = 0; j < n; ++j) {
+            const float* row = rows + item[border[g] + j] * dim;
+            double distance = 0;
+            for (int64_t i = 0; i < dim; ++i) distance += (row[i] - centroid[i]) * (row[i] - centroid[i]);
+            far[j] = {-distance, item[border[g] + j]};
+        }
+        std::sort(far.begin(), far.end());
+        for (int64_t j = 0; j < n; ++j) {
+            const int64_t slot = block[g] * kBlock + j, b = slot / kBlock;
+            const float* row = rows + far[j].second * dim;
+            double largest = 0, rest = 0;
+            for (int64_t i = 0; i < dim; ++i) largest = std::max(largest, std::abs(row[i] - centroid[i]));
+            const float unit = float(largest / 127);
+            const double per = unit > 0 ? 1 / double(unit) : 0;
+            for (int64_t i = 0; i < dim; ++i) {
+                const double x = row[i] - centroid[i], steps = x * per;
+                const int q = int(std::min(127.0, std::max(-127.0, steps + (steps < 0 ? -0.5 : 0.5))));
+                code[((b * quads + i / 4) * kBlock + slot % kBlock) * 4 + i % 4] = uint8_t(q + 128);
+                rest += (x - double(unit) * q) * (x - double(unit) * q);
+            }
+            slots[slot] = far[j].second, scales[slot] = unit;
+            radii[b] = std::max(radii[b], std::sqrt(-far[j].first) * (1 + 1e-10));
+            errors[b] = std::max(errors[b], std::sqrt(rest) * (1 + 1e-10));
+        }
+        for (int64_t b = block[g + 1] - 2; b >= block[g]; --b)
+            radii[b] = std::max(radii[b], radii[b + 1]), errors[b] = std::max(errors[b], errors[b + 1]);
+    });
+}
+
 }  // namespace
 
 void register_topk(py::module_& m) {
+    m.def("topk_build", &build, py::arg("table").noconvert(), py::arg("order").noconvert(), py::arg("borders").noconvert(),
+          py::arg("start").noconvert(), py::arg("centroids").noconvert(), py::arg("centroid_norm").noconvert(),
+          py::arg("radius").noconvert(), py::arg("error").noconvert(), py::arg("scale").noconvert(),
+          py::arg("slot_item").noconvert(), py::arg("codes").noconvert(), py::arg("threads"),
+          "Fills the arrays of TopKIndex from centroids on.");
     py::class_<Index>(m, "TopKIndex", "The arrays of cafe_kernels.TopKIndex, checked.")
         .def(py::init<Array<float>, Array<int32_t>, int64_t, Array<int32_t>, Array<int32_t>, Array<int32_t>, Array<int32_t>,
                       Array<float>, Array<double>, Array<double>, Array<double>, Array<float>, Array<int32_t>, Array<uint8_t>>(),

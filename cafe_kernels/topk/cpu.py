@@ -14,7 +14,7 @@ from cafe_kernels import _C
 
 BLOCK = 16  # items side by side, as kBlock of csrc/topk.cpp
 SMALLEST, LARGEST = 64, 4096  # items of a group: smaller intents share one, larger ones are cut
-CHUNK = 1 << 14  # slots that building looks at together
+CHUNK = 1 << 14  # rows that building looks at together
 
 
 def unavailable(table: Tensor) -> str | None:
@@ -23,39 +23,20 @@ def unavailable(table: Tensor) -> str | None:
 
 def build(table: Tensor, item_intent: Tensor, num_intents: int) -> _C.TopKIndex:
     """The index of a table (V, d) float32 whose item v has intent item_intent[v], int64 (V,)."""
-    intent = item_intent.numpy()
+    intent, dim = item_intent.numpy(), table.shape[1]
     order = np.argsort(intent, kind="stable")
-    starts, first, last = _groups(np.bincount(intent, minlength=num_intents))
-    order = _by_distance(table, order, starts)
-    starts, first, last = _cut(starts, first, last)
-    order = _by_distance(table, order, starts)  # the parts of an intent have centroids of their own
-    size = np.diff(starts)
-    blocks = -(-size // BLOCK)
-    start = np.concatenate([[0], np.cumsum(blocks)])
-    slot_item = np.full(start[-1] * BLOCK, -1, np.int32)
-    group_of = np.repeat(np.arange(len(size)), size)
-    slot_item[np.arange(len(order)) + (start[:-1] * BLOCK - starts[:-1])[group_of]] = order
-    centroids = _centroids(table, order, starts)
-    codes, scale, distance, error = _encode(table, slot_item, np.repeat(np.arange(len(size)), blocks * BLOCK), centroids)
-    panels = -(-len(size) // BLOCK)
-    packed = torch.zeros(panels * BLOCK, table.shape[1])
-    packed[: len(size)] = centroids
-    return _C.TopKIndex(
-        table.numpy(),
-        intent.astype(np.int32),
-        num_intents,
-        start.astype(np.int32),
-        size.astype(np.int32),
-        first.astype(np.int32),
-        last.astype(np.int32),
-        packed.view(panels, BLOCK, -1).transpose(1, 2).contiguous().numpy(),
-        centroids.double().norm(dim=1).mul(1 + 1e-10).numpy(),
-        _descending(distance, start),
-        _descending(error, start),
-        scale,
-        slot_item,
-        codes,
-    )
+    borders, first, last = _groups(np.bincount(intent, minlength=num_intents))
+    borders, first, last = _cut(table, order, borders, first, last)
+    size = np.diff(borders)
+    start = np.concatenate([[0], np.cumsum(-(-size // BLOCK))])
+    blocks, panels, quads = int(start[-1]), -(-len(size) // BLOCK), -(-dim // 4)
+    start, size, first, last = (x.astype(np.int32) for x in (start, size, first, last))
+    centroids, codes = np.empty((panels, dim, BLOCK), np.float32), np.empty((blocks, quads, BLOCK, 4), np.uint8)
+    norm, radius, error = (np.empty(n) for n in (len(size), blocks, blocks))
+    scale, slot_item = np.empty(blocks * BLOCK, np.float32), np.empty(blocks * BLOCK, np.int32)
+    filled = centroids, norm, radius, error, scale, slot_item, codes
+    _C.topk_build(table.numpy(), order.astype(np.int32), borders, start, *filled, torch.get_num_threads())
+    return _C.TopKIndex(table.numpy(), intent.astype(np.int32), num_intents, start, size, first, last, *filled)
 
 
 def search(
@@ -101,65 +82,20 @@ def _groups(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.append(starts[:-1][keep], starts[-1]), first[keep], last[keep]
 
 
-def _cut(starts: np.ndarray, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cuts groups of more than LARGEST items."""
-    parts = -(-np.diff(starts) // LARGEST)
+def _cut(
+    table: Tensor, order: np.ndarray, borders: np.ndarray, first: np.ndarray, last: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cuts groups of more than LARGEST items, after ordering them (in place) by distance from their mean."""
+    for g in np.flatnonzero(np.diff(borders) > LARGEST):
+        part = slice(borders[g], borders[g + 1])
+        items = torch.from_numpy(order[part])
+        mean = sum(table[x].sum(0) for x in items.split(CHUNK)) / len(items)
+        distance = torch.cat([(table[x] - mean).norm(dim=1) for x in items.split(CHUNK)])
+        order[part] = items[distance.argsort(descending=True)].numpy()
+    parts = -(-np.diff(borders) // LARGEST)
     number = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
-    cut = np.repeat(starts[:-1], parts) + number * LARGEST
-    return np.append(cut, starts[-1]), np.repeat(first, parts), np.repeat(last, parts)
-
-
-def _centroids(table: Tensor, order: np.ndarray, starts: np.ndarray) -> Tensor:
-    """The mean row of each group, (n, d) float32."""
-    group = torch.from_numpy(np.repeat(np.arange(len(starts) - 1), np.diff(starts)))
-    sums = torch.zeros(len(starts) - 1, table.shape[1], dtype=torch.float64)
-    for chunk in torch.from_numpy(order).split(CHUNK):
-        sums.index_add_(0, group[: len(chunk)], table[chunk].double())
-        group = group[len(chunk) :]
-    return (sums / torch.from_numpy(np.diff(starts))[:, None]).float()
-
-
-def _by_distance(table: Tensor, order: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """The items of each group, the farthest from its centroid first."""
-    centroids = _centroids(table, order, starts)
-    group = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-    distance = np.empty(len(order), np.float32)
-    for at in range(0, len(order), CHUNK):
-        part = slice(at, at + CHUNK)
-        rows = table[torch.from_numpy(order[part])] - centroids[torch.from_numpy(group[part])]
-        distance[part] = rows.norm(dim=1).numpy()
-    return order[np.lexsort((-distance, group))]
-
-
-def _encode(
-    table: Tensor, slot_item: np.ndarray, group: np.ndarray, centroids: Tensor
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Codes of each slot's difference from its centroid, packed for the kernel, with scale, |difference| and the codes' |error|."""
-    dim, quads = table.shape[1], -(-table.shape[1] // 4)
-    codes = np.full((len(slot_item) // BLOCK, quads, BLOCK, 4), 128, np.uint8)
-    scale, distance, error = (np.zeros(len(slot_item), t) for t in (np.float32, np.float64, np.float64))
-    for at in range(0, len(slot_item), CHUNK):
-        part = slice(at, at + CHUNK)
-        items = torch.from_numpy(slot_item[part]).long()
-        rows = table[items.clamp(min=0)].double() - centroids[torch.from_numpy(group[part])].double()
-        rows[items < 0] = 0
-        unit = (rows.abs().amax(1) / 127).float()
-        steps = (rows / unit.double().clamp(min=torch.finfo(torch.float64).tiny)[:, None]).round().clamp(-127, 127)
-        rest = rows - unit.double()[:, None] * steps
-        scale[part], distance[part], error[part] = unit.numpy(), rows.norm(dim=1).numpy(), rest.norm(dim=1).numpy()
-        padded = torch.full((len(items), quads * 4), 128, dtype=torch.uint8)
-        padded[:, :dim] = (steps + 128).to(torch.uint8)
-        codes[at // BLOCK : (at + CHUNK) // BLOCK] = padded.view(-1, BLOCK, quads, 4).transpose(1, 2).numpy()
-    return codes, scale, distance, error
-
-
-def _descending(values: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """For each block the largest of the slots' `values` in it and the later blocks of its group, rounded up."""
-    largest = values.reshape(-1, BLOCK).max(1) if len(values) else np.zeros(0)
-    for g in range(len(start) - 1):
-        part = slice(start[g], start[g + 1])
-        largest[part] = np.maximum.accumulate(largest[part][::-1])[::-1]
-    return largest * (1 + 1e-10)
+    cut = np.repeat(borders[:-1], parts) + number * LARGEST
+    return np.append(cut, borders[-1]), np.repeat(first, parts), np.repeat(last, parts)
 
 
 def _arguments(user: Tensor, intent_scores: Tensor | None, join: str) -> tuple[Any, Any, bool]:
