@@ -11,6 +11,7 @@ Run as `pytest benchmarks/test_topk.py`. Two tables, both (1.91M, 128) with 10,0
 faiss is measured where it can be imported, on the item score alone, which is all it can do. Everybody has all threads.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.common import compare, keep_memory, machine, table, write
+from benchmarks.common import RESULTS, compare, keep_memory, machine, table, write
 from cafe.config import Config
 from cafe.data import simulate
 from cafe.data.prepare import prepare
@@ -81,7 +82,9 @@ def scaled_up() -> SimpleNamespace:
     scores += noise * torch.randn(USERS, COPIES * intents, generator=g)
     for u in range(USERS):
         scores[u, part[u] * intents : (part[u] + 1) * intents] = small.scores[u]
-    answers = torch.searchsorted(kept, part * items + small.answers).clamp(max=ITEMS - 1)  # or the next, where it was dropped
+    answers = torch.searchsorted(kept, part * items + small.answers).clamp(
+        max=ITEMS - 1
+    )  # or the next, where it was dropped
     intent = small.intent.repeat(COPIES) + torch.arange(COPIES).repeat_interleave(items) * intents
     return SimpleNamespace(user=user, table=out, scores=scores.log_softmax(-1), intent=intent[kept], answers=answers)
 
@@ -89,7 +92,8 @@ def scaled_up() -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def record(pytestconfig: pytest.Config) -> Iterator[dict[str, Any]]:
     keep_memory()
-    results: dict[str, Any] = {}
+    former = RESULTS / "topk.json"  # a run of some cases (-k) replaces those only
+    results: dict[str, Any] = json.loads(former.read_text())["cases"] if former.exists() else {}
     yield results
     path = write("topk", {"threads": torch.get_num_threads(), "items": ITEMS, "dim": DIM, "k": K, "cases": results})
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
@@ -103,7 +107,11 @@ def data(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
     else:
         g = torch.Generator().manual_seed(0)
         d = SimpleNamespace(user=torch.randn(USERS, DIM, generator=g), table=torch.randn(ITEMS, DIM, generator=g))
-        d.scores, d.intent, d.answers = None, torch.arange(ITEMS) % 10_000, torch.randint(0, ITEMS, (USERS,), generator=g)
+        d.scores, d.intent, d.answers = (
+            None,
+            torch.arange(ITEMS) % 10_000,
+            torch.randint(0, ITEMS, (USERS,), generator=g),
+        )
     d.name, d.index = request.param, TopKIndex(d.table, d.intent)
     d.index.search(d.user[:1], 1)
     try:
@@ -196,4 +204,6 @@ def test_rank_of_the_answer(data: SimpleNamespace, record: dict[str, Any], capsy
     }  # fmt: skip
     with capsys.disabled():
         print(table(f"{data.name}, exact rank of {USERS} answers", steady, after, OURS + ".count_above"))
-        print(f"  {rate:.0f} users/s: {FULL_USERS:,} users in {FULL_USERS / rate / 60:.1f} minutes; median rank {ours.float().median():.0f}")
+        print(
+            f"  {rate:.0f} users/s: {FULL_USERS:,} users in {FULL_USERS / rate / 60:.1f} minutes; median rank {ours.float().median():.0f}"
+        )

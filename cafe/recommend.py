@@ -151,7 +151,6 @@ class Recommender:
             )
         return answers
 
-
     def _search(
         self, history: Tensor, cu_seqlens: Tensor, seen: list[Tensor], k: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -8,6 +8,8 @@ the bounds. An index is built once for a table; the functions build one for a ca
 
 import os
 from functools import cached_property
+from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from cafe_kernels.topk import cpu, reference
 
 __all__ = ["TopK", "TopKIndex", "joint_topk", "topk_inner_product"]
 
+BACKENDS = {"cpu": "cpu", "triton": "triton_topk"}
 LARGEST_SCORE = 1e37  # |user| |item|: beyond it float32 may overflow
 
 
@@ -64,13 +67,17 @@ class TopKIndex:
         if item_intent is None:
             item_intent = torch.zeros(len(table), dtype=torch.int64, device=table.device)
         if item_intent.shape != (len(table),) or item_intent.dtype != torch.int64:
-            raise ValueError(f"item_intent must be int64 ({len(table)},), got {item_intent.dtype} {tuple(item_intent.shape)}")
+            raise ValueError(
+                f"item_intent must be int64 ({len(table)},), got {item_intent.dtype} {tuple(item_intent.shape)}"
+            )
         least, most = (int(x) for x in item_intent.aminmax()) if len(table) else (0, 0)
         self.num_intents = most + 1 if num_intents is None else num_intents
         if least < 0 or most >= self.num_intents:
             raise ValueError(f"item_intent must be in [0, {self.num_intents}), found {least} to {most}")
         table = table.detach()
-        self.largest_norm = max((float(rows.norm(dim=1).amax()) for rows in table.split(1 << 16) if len(rows)), default=0.0)
+        self.largest_norm = max(
+            (float(rows.norm(dim=1).amax()) for rows in table.split(1 << 16) if len(rows)), default=0.0
+        )
         if not self.largest_norm < torch.inf:
             raise ValueError("the table has numbers that are not finite, or too large for float32: cannot rank by it")
         self.table, self.item_intent = table.contiguous(), item_intent.contiguous()
@@ -107,6 +114,21 @@ class TopKIndex:
             items, scores, work = cpu.search(self._codes, user.detach(), intent_scores, join, k, exclude)
             pairs = max(1, len(user) * len(self.table))
             return TopK(items, scores, work[0] / pairs, work[1] / pairs)
+        if self.backend == "triton":
+            return TopK(
+                *_backend("triton").search(
+                    user.detach().contiguous(),
+                    self.table,
+                    self.item_intent,
+                    intent_scores,
+                    join,
+                    k,
+                    exclude,
+                    self.largest_norm,
+                ),
+                scored=1.0,
+                exact=1.0,
+            )
         items, scores = reference.search(user, self.table, self.item_intent, intent_scores, join, k, exclude)
         return TopK(items, scores, 1.0, 1.0)
 
@@ -158,14 +180,22 @@ class TopKIndex:
                 raise ValueError(f"{name} has numbers that are not finite: cannot rank by it")
         for name, largest in (
             ("|user| |item|", float(user.double().norm(dim=1).amax()) * self.largest_norm if len(user) else 0.0),
-            ("|intent_scores|", float(intent_scores.abs().amax()) if intent_scores is not None and intent_scores.numel() else 0.0),
+            (
+                "|intent_scores|",
+                float(intent_scores.abs().amax()) if intent_scores is not None and intent_scores.numel() else 0.0,
+            ),
         ):
             if largest > LARGEST_SCORE:
                 raise ValueError(f"{name} is up to {largest:.3g}: scores beyond {LARGEST_SCORE:g} overflow float32")
         if exclude is None:
             return
         indptr, indices = exclude
-        if indptr.shape != (len(user) + 1,) or indptr.is_floating_point() or indices.dim() != 1 or indices.is_floating_point():
+        if (
+            indptr.shape != (len(user) + 1,)
+            or indptr.is_floating_point()
+            or indices.dim() != 1
+            or indices.is_floating_point()
+        ):
             raise ValueError(
                 f"exclude must be (indptr, indices), integers ({len(user) + 1},) and (n,), "
                 f"got {indptr.dtype} {tuple(indptr.shape)} and {indices.dtype} {tuple(indices.shape)}"
@@ -229,12 +259,18 @@ def topk_inner_product(
     return TopKIndex(table, backend=backend).search(user, k, exclude=exclude)
 
 
+def _backend(name: str) -> ModuleType:
+    """Imported when needed: triton is not everywhere."""
+    return import_module(f"cafe_kernels.topk.{BACKENDS[name]}")
+
+
 def _choose_backend(table: Tensor, backend: str | None) -> str:
     name = backend or os.environ.get("CAFE_KERNELS_BACKEND") or None
     if name is None:
-        return "reference" if cpu.unavailable(table) else "cpu"
-    if name not in ("reference", "cpu"):
-        raise ValueError(f"unknown backend {name!r}: expected reference or cpu")
-    if name == "cpu" and (reason := cpu.unavailable(table)):
-        raise ValueError(f"backend 'cpu' cannot run: {reason}")
+        fast = "triton" if table.is_cuda else "cpu"
+        return "reference" if _backend(fast).unavailable(table) else fast
+    if name != "reference" and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: expected reference, {', '.join(BACKENDS)}")
+    if name != "reference" and (reason := _backend(name).unavailable(table)):
+        raise ValueError(f"backend {name!r} cannot run: {reason}")
     return name

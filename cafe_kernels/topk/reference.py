@@ -10,7 +10,6 @@ its last bit decides a rounding to float32: one score in some 10^8, by one unit 
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
@@ -38,12 +37,18 @@ def scores(user: Tensor, table: Tensor, item_intent: Tensor, intent_scores: Tens
     return out
 
 
+def exclusion_pairs(exclude: tuple[Tensor, Tensor] | None, users: int) -> tuple[Tensor, Tensor]:
+    """The CSR (indptr, indices) as users and items, int64 on the CPU."""
+    if exclude is None:
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    indptr, indices = (x.cpu().long() for x in exclude)
+    return torch.repeat_interleave(torch.arange(users), indptr.diff()), indices
+
+
 def exclusion(exclude: tuple[Tensor, Tensor] | None, users: int, items: int) -> Tensor:
-    """The CSR (indptr, indices) as a mask, bool (users, items)."""
+    """The same as a mask, bool (users, items)."""
     mask = torch.zeros(users, items, dtype=torch.bool)
-    if exclude is not None:
-        indptr, indices = (x.cpu() for x in exclude)
-        mask[torch.from_numpy(np.repeat(np.arange(users), indptr.diff().numpy())), indices.long()] = True
+    mask[exclusion_pairs(exclude, users)] = True
     return mask
 
 

@@ -30,7 +30,9 @@ def model_of(dataset, model, choice):
 def test_full_evaluation_counts_what_the_scores_say(dataset, model, choice):
     net = model_of(dataset, model, choice)
     weights = [] if model == "sasrec" else [0.3, 2.0]
-    by_scores = SimpleNamespace(config=net.config, score=net.score, join=net.join)  # evaluate cannot know that it may use an index
+    by_scores = SimpleNamespace(
+        config=net.config, score=net.score, join=net.join
+    )  # evaluate cannot know that it may use an index
     want = evaluate(by_scores, dataset, protocol="full", intent_weights=weights)
     got = evaluate(net, dataset, protocol="full", intent_weights=weights)
     assert want.greater.keys() == got.greater.keys()

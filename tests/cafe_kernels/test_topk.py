@@ -63,9 +63,18 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("kind", ["random", "integers", "equal", "clustered"])
 @pytest.mark.parametrize(
     ("items", "dim", "intents", "users", "k"),
-    [(1, 1, 1, 1, 1), (63, 20, 1, 2, 5), (64, 64, 64, 3, 10), (65, 1, 7, 4, 9), (111, 128, 40, 9, 200), (2500, 20, 12, 11, 10)],
+    [
+        (1, 1, 1, 1, 1),
+        (63, 20, 1, 2, 5),
+        (64, 64, 64, 3, 10),
+        (65, 1, 7, 4, 9),
+        (111, 128, 40, 9, 200),
+        (2500, 20, 12, 11, 10),
+    ],
 )
-def test_same_as_brute_force(isa: str, items: int, dim: int, intents: int, users: int, k: int, kind: str, join: str) -> None:
+def test_same_as_brute_force(
+    isa: str, items: int, dim: int, intents: int, users: int, k: int, kind: str, join: str
+) -> None:
     p = problem(items, dim, intents, users, kind)
     assert_same(p, k, join)
     assert_same(p, k, join, excluded(users, items, 20))
