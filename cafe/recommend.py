@@ -126,8 +126,8 @@ class Recommender:
             newest = [torch.from_numpy(histories[row][-self.model.config.max_len :]) for row in read]
             cu_seqlens = torch.tensor([0, *np.cumsum([len(h) for h in newest])], dtype=torch.int32)
             seen = [torch.from_numpy(histories[row]) for row in read]
-            top = self._search if self._indexed else self._score
-            best[read], items[read], intent = top(torch.cat(newest), cu_seqlens, seen, k)
+            best_of = self._search if self._indexed else self._score
+            best[read], items[read], intent = best_of(torch.cat(newest), cu_seqlens, seen, k)
             if intent is not None:
                 intents = dict(zip(read, intent.softmax(-1), strict=True))
         answers = []

@@ -71,4 +71,5 @@ class CAFE(SASRec):
         self, item_logits: Tensor, intent_logits: Tensor | None, weight: float | None = None, protocol: str = "full"
     ) -> Tensor:
         intents, join = self.joint_terms(intent_logits, weight, protocol)
+        assert intents is not None
         return JOINS[join](item_logits) + intents

@@ -109,27 +109,17 @@ class TopKIndex:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
+        user = user.detach()
         self._check(user, intent_scores, join, exclude)
         if self.backend == "cpu":
-            items, scores, work = cpu.search(self._codes, user.detach(), intent_scores, join, k, exclude)
+            items, scores, work = cpu.search(self._codes, user, intent_scores, join, k, exclude)
             pairs = max(1, len(user) * len(self.table))
             return TopK(items, scores, work[0] / pairs, work[1] / pairs)
         if self.backend == "triton":
-            return TopK(
-                *_backend("triton").search(
-                    user.detach().contiguous(),
-                    self.table,
-                    self.item_intent,
-                    intent_scores,
-                    join,
-                    k,
-                    exclude,
-                    self.largest_norm,
-                ),
-                scored=1.0,
-                exact=1.0,
-            )
-        items, scores = reference.search(user, self.table, self.item_intent, intent_scores, join, k, exclude)
+            triton_search, norm = _backend("triton").search, self.largest_norm
+            items, scores = triton_search(user, self.table, self.item_intent, intent_scores, join, k, exclude, norm)
+        else:
+            items, scores = reference.search(user, self.table, self.item_intent, intent_scores, join, k, exclude)
         return TopK(items, scores, 1.0, 1.0)
 
     def count_above(
@@ -151,13 +141,14 @@ class TopKIndex:
             >>> index.count_above(torch.tensor([[1.0], [1.0]]), torch.tensor([0, 1])).tolist()
             [[2, 0], [0, 1]]
         """
+        user = user.detach()
         self._check(user, intent_scores, join, exclude)
         if answers.shape != user.shape[:1] or answers.dtype != torch.int64:
             raise ValueError(f"answers must be int64 ({len(user)},), got {answers.dtype} {tuple(answers.shape)}")
-        if len(answers) and not (0 <= int(answers.min()) and int(answers.max()) < len(self.table)):
+        if len(answers) and not (int(answers.min()) >= 0 and int(answers.max()) < len(self.table)):
             raise ValueError(f"answers must be items 0 to {len(self.table) - 1}")
         if self.backend == "cpu":
-            return cpu.count_above(self._codes, user.detach(), intent_scores, join, answers, exclude)[0]
+            return cpu.count_above(self._codes, user, intent_scores, join, answers, exclude)[0]
         return reference.count_above(user, self.table, self.item_intent, intent_scores, join, answers, exclude)
 
     def _check(
@@ -202,7 +193,7 @@ class TopKIndex:
             )
         if int(indptr[0]) != 0 or int(indptr[-1]) != len(indices) or bool((indptr.diff() < 0).any()):
             raise ValueError(f"exclude's indptr must ascend from 0 to its {len(indices)} indices")
-        if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < len(self.table)):
+        if len(indices) and not (int(indices.min()) >= 0 and int(indices.max()) < len(self.table)):
             raise ValueError(f"exclude's indices must be items 0 to {len(self.table) - 1}")
 
 

@@ -24,7 +24,7 @@ BYTES = 256 << 20  # for exact scores and for block bests
 
 
 @triton.jit
-def _block_best(
+def _block_best(  # type: ignore[no-untyped-def]
     user, table, item_intent, intent_scores, best, users, items, intents, blocks,
     DIM: tl.constexpr, HAS_INTENTS: tl.constexpr, SIGMOID: tl.constexpr,
     USERS: tl.constexpr, ITEMS: tl.constexpr, STEP: tl.constexpr,
@@ -51,7 +51,9 @@ def _block_best(
 
 
 @triton.jit
-def _exact(user, table, chosen, dots, items, width, DIM: tl.constexpr, ITEMS: tl.constexpr):
+def _exact(  # type: ignore[no-untyped-def]
+    user, table, chosen, dots, items, width, DIM: tl.constexpr, ITEMS: tl.constexpr
+):  # fmt: skip
     """dots[u, b] = the dot products in float64 of user u with the items of block chosen[u, b]."""
     u = tl.program_id(1).to(tl.int64)
     place = u * width + tl.program_id(0)
