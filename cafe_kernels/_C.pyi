@@ -132,3 +132,61 @@ def append_step(
     lr: float,
 ) -> None: ...
 def use_huge_pages(array: npt.NDArray[np.uint8], collapse: bool) -> None: ...
+def topk_build(
+    table: npt.NDArray[np.float32],
+    order: npt.NDArray[np.int32],
+    borders: npt.NDArray[np.int64],
+    start: npt.NDArray[np.int32],
+    centroids: npt.NDArray[np.float32],
+    centroid_norm: npt.NDArray[np.float64],
+    radius: npt.NDArray[np.float64],
+    error: npt.NDArray[np.float64],
+    scale: npt.NDArray[np.float32],
+    slot_item: npt.NDArray[np.int32],
+    codes: npt.NDArray[np.uint8],
+    threads: int,
+) -> None: ...
+
+class TopKIndex:
+    def __init__(
+        self,
+        table: npt.NDArray[np.float32],
+        item_intent: npt.NDArray[np.int32],
+        intents: int,
+        start: npt.NDArray[np.int32],
+        size: npt.NDArray[np.int32],
+        first: npt.NDArray[np.int32],
+        last: npt.NDArray[np.int32],
+        centroids: npt.NDArray[np.float32],
+        centroid_norm: npt.NDArray[np.float64],
+        radius: npt.NDArray[np.float64],
+        error: npt.NDArray[np.float64],
+        scale: npt.NDArray[np.float32],
+        slot_item: npt.NDArray[np.int32],
+        codes: npt.NDArray[np.uint8],
+    ) -> None: ...
+    def search(
+        self,
+        user: npt.NDArray[np.float32],
+        intent_scores: npt.NDArray[np.float32] | None,
+        sigmoid: bool,
+        k: int,
+        indptr: npt.NDArray[np.int64] | None,
+        indices: npt.NDArray[np.int32] | None,
+        out_items: npt.NDArray[np.int64],
+        out_scores: npt.NDArray[np.float32],
+        threads: int,
+        isa: str = "auto",
+    ) -> tuple[int, int]: ...
+    def count_above(
+        self,
+        user: npt.NDArray[np.float32],
+        intent_scores: npt.NDArray[np.float32] | None,
+        sigmoid: bool,
+        answers: npt.NDArray[np.int64],
+        indptr: npt.NDArray[np.int64] | None,
+        indices: npt.NDArray[np.int32] | None,
+        out: npt.NDArray[np.int64],
+        threads: int,
+        isa: str = "auto",
+    ) -> tuple[int, int]: ...

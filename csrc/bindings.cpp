@@ -6,6 +6,7 @@ void register_attention(pybind11::module_&);
 void register_losses(pybind11::module_&);
 void register_optim(pybind11::module_&);
 void register_sampler(pybind11::module_&);
+void register_topk(pybind11::module_&);
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -14,4 +15,5 @@ PYBIND11_MODULE(_C, m) {
     cafe::register_losses(m);
     cafe::register_optim(m);
     cafe::register_sampler(m);
+    cafe::register_topk(m);
 }

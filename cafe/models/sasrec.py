@@ -9,6 +9,7 @@ from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.models.base import Batch, Model, Scores
 from cafe.models.blocks import Encoder, last_tokens
+from cafe_kernels import TopKIndex
 from cafe_kernels.losses import sampled_bce, sampled_softmax
 
 
@@ -88,6 +89,17 @@ class SASRec(Model):
         if intent is not None and candidates is not None:
             intent = intent.gather(1, self.item_intent[candidates] if candidate_intents is None else candidate_intents)
         return Scores(item, intent)
+
+    def index(self) -> TopKIndex:
+        """The items as they are now, to be searched with the states of `states` and the scores of `joint_terms`."""
+        items = torch.arange(self.num_items, device=self.item_embedding.device)
+        return TopKIndex(self.embed(items).detach().float(), self.item_intent, self.num_intents)
+
+    def joint_terms(
+        self, intent_logits: Tensor | None, weight: float | None = None, protocol: str = "full"
+    ) -> tuple[Tensor | None, str]:
+        """What each intent adds to the joint score, (B, C), and what is taken of an item's own score: see `join` and TopKIndex."""
+        return None, "identity"
 
     def intent_logits(self, intent_state: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no intents")
