@@ -53,8 +53,10 @@ def label(trainer: Trainer) -> None:
 
     model = trainer.model
     wrap(trainer, "batches", "batch and negatives")
-    wrap(trainer.optimizer, "step", "optimizer")
-    wrap(trainer.optimizer, "zero_grad", "optimizer")
+    for optimizer in trainer.optimizers:
+        wrap(optimizer, "step", "optimizer")
+        wrap(optimizer, "zero_grad", "optimizer")
+    wrap(trainer.optimizers.tables, "catch_up", "optimizer")
     wrap(model, "embed", "embeddings")
     wrap(model, "loss", "loss")
     for module in model.modules():

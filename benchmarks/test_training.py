@@ -26,7 +26,7 @@ from cafe.data.dataset import Dataset
 from cafe.data.prepare import prepare
 from cafe.evaluate import evaluate
 from cafe.models import build
-from cafe.train import make_optimizer, train_step
+from cafe.train import make_optimizers, train_step
 
 PEER, OURS = "padded PyTorch SASRec", "SASRec paper"
 RECIPES = {
@@ -51,10 +51,10 @@ class Trainer:
     def __init__(self, config: Config, dataset: Dataset) -> None:
         torch.manual_seed(config.seed)
         self.model = build(config, dataset).train()
-        self.batches, self.optimizer, self.done = Batches(config, dataset), make_optimizer(self.model), 0
+        self.batches, self.optimizers, self.done = Batches(config, dataset), make_optimizers(self.model), 0
 
     def step(self, users: np.ndarray) -> None:
-        train_step(self.model, self.optimizer, self.batches(users, self.done))
+        train_step(self.model, self.optimizers, self.batches(users, self.done))
         self.done += 1
 
 

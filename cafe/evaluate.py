@@ -29,6 +29,8 @@ from torch import Tensor
 from cafe.candidates import Candidates, draw_candidates
 from cafe.data.dataset import Dataset, Holdout
 from cafe.evaluation import Evaluation
+from cafe.models.sasrec import SASRec
+from cafe_kernels import TopKIndex
 
 ARTEFACT = (
     "authors is an artefact, NOT a measure of quality: it gives the answer its true intent and every negative another one, "
@@ -117,7 +119,9 @@ def evaluate(
         warnings.warn(ARTEFACT, stacklevel=2)
     holdout = dataset.holdout(split)
     rows = candidates.rows
-    if protocol == "full":
+    # A model on the CPU that scores by inner products is ranked through an index, which never holds the scores of the catalog.
+    by_index = protocol == "full" and isinstance(model, SASRec) and _device(model).type == "cpu"
+    if protocol == "full" and not by_index:
         batch_size = min(batch_size, memory_bytes // (FULL_BYTES_PER_SCORE * dataset.num_items))
     batch_size = max(batch_size, 1)
     training = isinstance(model, torch.nn.Module) and model.training
@@ -126,10 +130,11 @@ def evaluate(
     counts: dict[str, list[Tensor]] = {}
     try:
         with torch.inference_mode():
+            index = model.index() if by_index and isinstance(model, SASRec) else None
             for start in range(0, len(rows), batch_size):
                 batch = slice(start, min(start + batch_size, len(rows)))
                 for score, pair in _count_batch(
-                    model, dataset, holdout, candidates, batch, protocol, intent_weights
+                    model, dataset, holdout, candidates, batch, protocol, intent_weights, index
                 ).items():
                     counts.setdefault(score, []).append(pair.cpu())
                 if progress is not None:
@@ -166,6 +171,7 @@ def _count_batch(
     batch: slice,
     protocol: str,
     intent_weights: Sequence[float],
+    index: TopKIndex | None,
 ) -> dict[str, Tensor]:
     """For each score (2, users): how many candidates are above the answer, and how many like it."""
     device = _device(model)
@@ -173,6 +179,8 @@ def _count_batch(
     history = holdout.histories.take(rows, last=model.config.max_len)
     items = torch.from_numpy(history.items.astype(np.int64)).to(device)
     cu_seqlens = torch.from_numpy(history.indptr.astype(np.int32)).to(device)
+    if index is not None and isinstance(model, SASRec):
+        return _count_by_index(model, index, dataset, holdout, rows, items, cu_seqlens, intent_weights)
     if candidates.items is None or candidates.intents is None:
         item, intent = model.score(items, cu_seqlens)
         _check_shapes(item, intent, (len(rows), dataset.num_items), (len(rows), dataset.num_intents))
@@ -198,6 +206,33 @@ def _count_batch(
         scores |= {f"joint*{weight}": model.join(item, intent, weight) for weight in intent_weights}
     where = [torch.from_numpy(index).to(device) for index in (columns, skip_rows, skip_columns)]
     return {score: count_above(values, *where) for score, values in scores.items()}
+
+
+def _count_by_index(
+    model: SASRec,
+    index: TopKIndex,
+    dataset: Dataset,
+    holdout: Holdout,
+    rows: np.ndarray,
+    items: Tensor,
+    cu_seqlens: Tensor,
+    intent_weights: Sequence[float],
+) -> dict[str, Tensor]:
+    """As `_count_batch`, among the whole catalog."""
+    state, intent_state = model.states(items, cu_seqlens)
+    skip_rows, skip_columns = _seen(holdout, rows, dataset.num_items)
+    indptr = torch.from_numpy(np.searchsorted(skip_rows, np.arange(len(rows) + 1)))
+    exclude = indptr, torch.from_numpy(skip_columns)
+    answers = torch.from_numpy(holdout.answers[rows].astype(np.int64))
+    terms: dict[str, tuple[Tensor | None, str]] = {"item": (None, "identity")}
+    if intent_state is not None:
+        logits = model.intent_logits(intent_state)
+        terms["joint"] = model.joint_terms(logits)
+        terms |= {f"joint*{weight}": model.joint_terms(logits, weight) for weight in intent_weights}
+    return {
+        name: index.count_above(state, answers, intents, join=join, exclude=exclude)
+        for name, (intents, join) in terms.items()
+    }
 
 
 def count_above(scores: Tensor, answer: Tensor, skip_rows: Tensor, skip_columns: Tensor) -> Tensor:

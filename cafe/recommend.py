@@ -14,9 +14,12 @@ from torch import Tensor
 
 from cafe.data.dataset import Dataset
 from cafe.models import Model
+from cafe.models.sasrec import SASRec
 from cafe.train import load_run
+from cafe_kernels import TopKIndex
 
 BYTES = 256 << 20  # for the scores of one batch of users
+INDEX_AFTER = 64  # users; building the index takes about as long as scoring the whole catalog for so many
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Recommender:
 
     def __init__(self, model: Model, dataset: Dataset) -> None:
         self.model, self.dataset = model.eval(), dataset
+        self._served = 0
 
     @classmethod
     def load(cls, run: str | Path, data: str | Path | None = None) -> "Recommender":
@@ -62,6 +66,11 @@ class Recommender:
     @cached_property
     def _counts(self) -> Tensor:
         return torch.from_numpy(np.bincount(self.dataset.sequences.items, minlength=self.dataset.num_items)).float()
+
+    @cached_property
+    def _index(self) -> TopKIndex:
+        assert isinstance(self.model, SASRec)
+        return self.model.index()
 
     def history_of(self, user: Any) -> list[Any]:
         """The item ids of a user of the dataset, oldest first; an unknown user is a ValueError."""
@@ -96,29 +105,31 @@ class Recommender:
         if unknown:
             warnings.warn(f"{len(unknown)} unknown item ids skipped, the first is {unknown[0]!r}", stacklevel=2)
         rows = [np.array([i for i in ids if i is not None], np.int64) for ids in known]
-        batch_size = max(1, min(batch_size, BYTES // (8 * self.dataset.num_items)))
+        self._served += len(rows)
+        if not self._indexed:
+            batch_size = max(1, min(batch_size, BYTES // (8 * self.dataset.num_items)))
         answers: list[Recommendation] = []
         for start in range(0, len(rows), batch_size):
             answers += self._batch(rows[start : start + batch_size], min(k, self.dataset.num_items))
         return answers
 
+    @property
+    def _indexed(self) -> bool:
+        return self._served >= INDEX_AFTER and isinstance(self.model, SASRec) and not self.model.item_intent.is_cuda
+
     @torch.inference_mode()
     def _batch(self, histories: list[np.ndarray], k: int) -> list[Recommendation]:
-        own_intent = self.model.item_intent
-        scores = self._counts.repeat(len(histories), 1)
+        best, items = (x.repeat(len(histories), 1) for x in self._counts.topk(k))
         intents: dict[int, Tensor] = {}
         read = [row for row, history in enumerate(histories) if len(history)]
         if read:
             newest = [torch.from_numpy(histories[row][-self.model.config.max_len :]) for row in read]
             cu_seqlens = torch.tensor([0, *np.cumsum([len(h) for h in newest])], dtype=torch.int32)
-            item, intent = self.model.score(torch.cat(newest), cu_seqlens)
+            seen = [torch.from_numpy(histories[row]) for row in read]
+            best_of = self._search if self._indexed else self._score
+            best[read], items[read], intent = best_of(torch.cat(newest), cu_seqlens, seen, k)
             if intent is not None:
-                item = self.model.join(item, intent[:, own_intent])
                 intents = dict(zip(read, intent.softmax(-1), strict=True))
-            scores[read] = item
-        for row, history in enumerate(histories):
-            scores[row, torch.from_numpy(history)] = -torch.inf
-        best, items = scores.topk(k)
         answers = []
         for row in range(len(histories)):
             fits = best[row] > -torch.inf
@@ -139,6 +150,29 @@ class Recommender:
                 )
             )
         return answers
+
+    def _search(
+        self, history: Tensor, cu_seqlens: Tensor, seen: list[Tensor], k: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scores and items of the k best by the index, and the intents' logits."""
+        assert isinstance(self.model, SASRec)
+        state, intent_state = self.model.states(history, cu_seqlens)
+        intent = None if intent_state is None else self.model.intent_logits(intent_state)
+        scores, join = self.model.joint_terms(intent)
+        exclude = torch.tensor([0, *np.cumsum([len(items) for items in seen])]), torch.cat(seen)
+        found = self._index.search(state, k, scores, join=join, exclude=exclude)
+        return found.scores, found.items, intent
+
+    def _score(
+        self, history: Tensor, cu_seqlens: Tensor, seen: list[Tensor], k: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same by scoring the whole catalog."""
+        scores, intent = self.model.score(history, cu_seqlens)
+        if intent is not None:
+            scores = self.model.join(scores, intent[:, self.model.item_intent])
+        for row, items in enumerate(seen):
+            scores[row, items] = -torch.inf
+        return *scores.topk(k), intent
 
 
 def _as_type(value: Any, ids: pl.Series) -> Any:

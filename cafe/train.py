@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from cafe.evaluate import evaluate
 from cafe.models import Model, build
 from cafe.models.base import RANKINGS, Batch
 from cafe.plots import plot_curve, plot_theta
-from cafe_kernels import DistanceMaskedAttention
+from cafe_kernels import DistanceMaskedAttention, RowSparseAdam
 
 FORMAT, VERSION = "cafe-run", 2
 INTENT_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
@@ -90,11 +90,11 @@ def fit(
         return model
 
     batches = Batches(config, dataset)
-    optimizer = make_optimizer(model)
+    optimizers = make_optimizers(model)
     state: dict[str, Any] = {"step": 0, "best": -1.0, "best_epoch": -1, "since_best": 0, "loss": 0.0, "done": False}
     if resume and (out / "last.safetensors").exists():
         tensors, state = load_checkpoint(out / "last.safetensors")
-        _restore(model, optimizer, tensors)
+        _restore(model, optimizers, tensors)
         _truncate_metrics(out / "metrics.jsonl", state["step"])
     saved = time.monotonic()
     with _interrupt_flag() as interrupted:
@@ -106,7 +106,7 @@ def fit(
             made = prefetch(make, range(first, len(batches)))
             model.train()
             for batch in made:
-                value = train_step(model, optimizer, batch.to(torch.device(device)))
+                value = train_step(model, optimizers, batch.to(torch.device(device)))
                 state["step"] += 1
                 state["loss"] += value
                 tokens += len(batch.items)
@@ -121,7 +121,7 @@ def fit(
                 if state["step"] % len(batches) == 0:
                     break  # what ends the epoch must be in the checkpoint too
                 if interrupted() or time.monotonic() - saved > checkpoint_seconds:
-                    _save_last(out, model, optimizer, state)
+                    _save_last(out, model, optimizers, state)
                     saved = time.monotonic()
                 if interrupted():
                     raise Interrupted(_how_to_resume(out, state))
@@ -133,6 +133,7 @@ def fit(
                 "tokens_per_s": tokens / seconds,
             }
             state["loss"] = 0.0
+            optimizers.tables.flush()
             last_epoch = epoch + 1 >= config.epochs
             if (epoch + 1) % config.valid_every == 0 or last_epoch:
                 metrics["valid"] = _validate(model, dataset)
@@ -149,7 +150,7 @@ def fit(
             state["done"] = last_epoch or state["since_best"] >= config.patience
             with (out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
-            _save_last(out, model, optimizer, state)
+            _save_last(out, model, optimizers, state)
             saved = time.monotonic()
             progress(metrics | {"best_epoch": state["best_epoch"]})
             if interrupted() and not state["done"]:
@@ -163,20 +164,32 @@ def fit(
     return model.eval()
 
 
-def make_optimizer(model: Model) -> torch.optim.Optimizer:
+class Optimizers(NamedTuple):
+    tables: (
+        RowSparseAdam  # the rows that a step read; all others follow on `flush`, to where dense Adam would have them
+    )
+    others: torch.optim.AdamW
+
+
+def make_optimizers(model: Model) -> Optimizers:
     """Adam with decoupled weight decay, as the model's configuration says."""
-    config = model.config
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    options: dict[str, Any] = {"lr": model.config.lr, "weight_decay": model.config.weight_decay}
+    tables = model.tables()
+    others = [parameter for parameter in model.parameters() if all(parameter is not table for table in tables)]
+    return Optimizers(RowSparseAdam(tables, mode="exact", **options), torch.optim.AdamW(others, fused=True, **options))
 
 
-def train_step(model: Model, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+def train_step(model: Model, optimizers: Optimizers, batch: Batch) -> float:
     """One step on `batch`, whose number fixes the dropout; returns the loss.
 
     Raises:
         ValueError: the loss is not finite; the weights are then as before.
     """
     torch.manual_seed(model.config.seed * STREAMS + batch.step)
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    for table, rows in zip(model.tables(), model.rows_read(batch), strict=True):
+        optimizers.tables.catch_up(table, rows)
     loss = model.loss(batch)
     value = loss.item()
     if not math.isfinite(value):
@@ -184,7 +197,8 @@ def train_step(model: Model, optimizer: torch.optim.Optimizer, batch: Batch) -> 
             f"the loss became {value} at step {batch.step}: start a new run with a lower --lr than {model.config.lr}"
         )
     loss.backward()
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return value
 
 
@@ -311,20 +325,23 @@ def _open_run(out: Path, config: Config, dataset: Dataset, data: str | Path | No
     write_atomically(out / "config.json", json.dumps(meta, indent=2).encode())
 
 
-def _save_last(out: Path, model: Model, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def _save_last(out: Path, model: Model, optimizers: Optimizers, state: dict[str, Any]) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+    for part, optimizer in zip(Optimizers._fields, optimizers, strict=True):
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{part}.{index}.{key}": value for key, value in values.items()}
     save_checkpoint(out / "last.safetensors", tensors, state)
 
 
-def _restore(model: Model, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def _restore(model: Model, optimizers: Optimizers, tensors: dict[str, torch.Tensor]) -> None:
     model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
-    for name, parameter in model.named_parameters():
-        optimizer.state[parameter] = {
-            key: tensors[f"optimizer.{key}.{name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
-            if f"optimizer.{key}.{name}" in tensors
-        }  # fmt: skip
+    for part, optimizer in zip(Optimizers._fields, optimizers, strict=True):
+        saved = optimizer.state_dict()
+        for name, tensor in tensors.items():
+            if name.startswith(f"optimizer.{part}."):
+                index, key = name.split(".")[2:]
+                saved["state"].setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict(saved)
 
 
 def _truncate_metrics(path: Path, step: int) -> None:

@@ -17,7 +17,7 @@
 
 namespace cafe {
 
-enum Stream : uint32_t { kSamplerStream = 0 };
+enum Stream : uint32_t { kSamplerStream = 0, kOptimizerStream = 2 };
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u, kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 

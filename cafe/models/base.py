@@ -93,3 +93,11 @@ class Model(nn.Module):
     def loss(self, batch: Batch) -> Tensor:
         """The mean training loss of a batch, a scalar."""
         raise NotImplementedError(f"{type(self).__name__}.loss")
+
+    def tables(self) -> list[nn.Parameter]:
+        """The (rows, d) tables whose gradients are sparse: those of which a step reads only some rows."""
+        raise NotImplementedError(f"{type(self).__name__}.tables")
+
+    def rows_read(self, batch: Batch) -> list[Tensor]:
+        """Of each of `tables`, the rows that `loss(batch)` reads: int64, repeats allowed."""
+        raise NotImplementedError(f"{type(self).__name__}.rows_read")

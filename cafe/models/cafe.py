@@ -15,6 +15,7 @@ from cafe.models.base import RANKINGS, Batch
 from cafe.models.blocks import Encoder
 from cafe.models.sasrec import SASRec
 from cafe_kernels.losses import sampled_bce
+from cafe_kernels.topk.reference import JOINS
 
 
 class CAFE(SASRec):
@@ -52,13 +53,19 @@ class CAFE(SASRec):
         assert batch.intent_negatives is not None
         return sampled_bce(coarse, self.intent_embedding, positives, batch.intent_negatives)
 
+    def joint_terms(
+        self, intent_logits: Tensor | None, weight: float | None = None, protocol: str = "full"
+    ) -> tuple[Tensor | None, str]:
+        """Eq. 10's logarithm, the intent's part times `intent_weight` (1 unless calibrated)."""
+        assert intent_logits is not None
+        sigmoid = self.config.join == "log_sigmoid"
+        scores = logsigmoid(intent_logits) if sigmoid else intent_logits
+        factor = self.intent_weight[RANKINGS.index(protocol)] if weight is None else weight
+        return factor * scores, "log_sigmoid" if sigmoid else "identity"
+
     def join(
         self, item_logits: Tensor, intent_logits: Tensor | None, weight: float | None = None, protocol: str = "full"
     ) -> Tensor:
-        """Eq. 10's logarithm, the intent's part times `intent_weight` (1 unless calibrated)."""
-        assert intent_logits is not None
-        if self.config.join == "log_sigmoid":
-            item_logits, intent_logits = logsigmoid(item_logits), logsigmoid(intent_logits)
-        if weight is None:
-            return item_logits + self.intent_weight[RANKINGS.index(protocol)] * intent_logits
-        return item_logits + weight * intent_logits
+        intents, join = self.joint_terms(intent_logits, weight, protocol)
+        assert intents is not None
+        return JOINS[join](item_logits) + intents

@@ -9,6 +9,7 @@ from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.models.base import Batch, Model, Scores
 from cafe.models.blocks import Encoder, last_tokens
+from cafe_kernels import TopKIndex
 from cafe_kernels.losses import sampled_bce, sampled_softmax
 
 
@@ -26,7 +27,7 @@ class SASRec(Model):
 
     def embed(self, items: Tensor) -> Tensor:
         """E_v of `items`, (*items.shape, d): an item's own row, plus that of its intent where items are composed."""
-        rows = nn.functional.embedding(items, self.item_embedding)
+        rows = nn.functional.embedding(items, self.item_embedding, sparse=True)
         if self.config.compose_items:
             rows = rows + nn.functional.embedding(self.item_intent[items], self.item_intent_embedding)
         return rows
@@ -43,7 +44,11 @@ class SASRec(Model):
 
     def item_loss(self, state: Tensor, batch: Batch) -> Tensor:
         """BCE (Eq. 9) or sampled softmax with log-Q correction over the batch's negatives; state (T, d)."""
-        options: dict[str, Any] = {"ignore": batch.ignore, "sequence": None if batch.ignore is None else batch.sequence}
+        options: dict[str, Any] = {
+            "ignore": batch.ignore,
+            "sequence": None if batch.ignore is None else batch.sequence,
+            "sparse_grad": True,
+        }
         if self.config.compose_items:
             options["compose"] = self.item_intent_embedding, self.item_intent
         if self.config.loss == "bce":
@@ -51,6 +56,12 @@ class SASRec(Model):
         if batch.positive_log_q is not None and batch.negative_log_q is not None:
             options["log_q"] = batch.positive_log_q, batch.negative_log_q
         return sampled_softmax(state, self.item_embedding, batch.positives, batch.negatives, **options)
+
+    def tables(self) -> list[nn.Parameter]:
+        return [self.item_embedding]
+
+    def rows_read(self, batch: Batch) -> list[Tensor]:
+        return [torch.cat([batch.items, batch.positives, batch.negatives.flatten()])]
 
     def states(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor | None]:
         """R and R^c after the newest item of each history, (B, d) each."""
@@ -78,6 +89,17 @@ class SASRec(Model):
         if intent is not None and candidates is not None:
             intent = intent.gather(1, self.item_intent[candidates] if candidate_intents is None else candidate_intents)
         return Scores(item, intent)
+
+    def index(self) -> TopKIndex:
+        """The items as they are now, to be searched with the states of `states` and the scores of `joint_terms`."""
+        items = torch.arange(self.num_items, device=self.item_embedding.device)
+        return TopKIndex(self.embed(items).detach().float(), self.item_intent, self.num_intents)
+
+    def joint_terms(
+        self, intent_logits: Tensor | None, weight: float | None = None, protocol: str = "full"
+    ) -> tuple[Tensor | None, str]:
+        """What each intent adds to the joint score, (B, C), and what is taken of an item's own score: see `join` and TopKIndex."""
+        return None, "identity"
 
     def intent_logits(self, intent_state: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no intents")

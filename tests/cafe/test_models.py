@@ -9,6 +9,7 @@ import torch
 from cafe.batches import Batches
 from cafe.config import Config
 from cafe.models import build
+from cafe.train import make_optimizers, train_step
 
 SMALL = {"dim": 16, "heads": 2, "max_len": 8, "batch_size": 16, "dropout": 0.0}
 CHOICES = [
@@ -110,18 +111,14 @@ def test_held_out_items_may_be_negatives(dataset):
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_parameter_learns_and_the_loss_falls(dataset, model, choice):
     torch.manual_seed(0)
-    config = Config.make(model, **SMALL, **choice)
+    config = Config.make(model, **SMALL, **choice, lr=1e-2)
     net, batches = build(config, dataset), Batches(config, dataset)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    optimizers = make_optimizers(net)
     rows, losses = batches.order(0)[:32], []
     touched = set()
     for step in range(40):
-        optimizer.zero_grad()
-        loss = net.loss(batches(rows, step))
-        loss.backward()
+        losses.append(train_step(net, optimizers, batches(rows, step)))
         touched |= {name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-        optimizer.step()
-        losses.append(loss.item())
     assert touched == {name for name, _ in net.named_parameters()}
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
