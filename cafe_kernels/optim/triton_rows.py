@@ -186,7 +186,7 @@ def compile_cases() -> list[dict[str, Any]]:
                     {
                         "name": f"adam_rows {name} {dtype}, moments {moments}, dim {dim}",
                         "kernel": adam_rows,
-                        "signature": signature,
+                        "signature": signature | dict.fromkeys(constexprs, "constexpr"),
                         "constexprs": constexprs,
                         "num_warps": 1,
                         "num_stages": 1,
