@@ -6,7 +6,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,19 @@ def write(name: str, record: dict[str, Any]) -> Path:
     unfinished.write_text(json.dumps({"machine": machine(), **record}, indent=2) + "\n")
     unfinished.replace(path)
     return path
+
+
+@contextmanager
+def recording(name: str, config: Any, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Within it, tests run on record["threads"] threads; at its end the record is written, and the machine printed past pytest's
+    capture. `config` is the fixture pytestconfig."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(record["threads"])
+    yield record
+    torch.set_num_threads(before)
+    path = write(name, record)
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n{machine()}, threads: {record['threads']}\nwritten: {path}")
 
 
 def find_data(name: str, given: str | None = None) -> Path | None:

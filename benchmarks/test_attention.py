@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from benchmarks.common import RESULTS, compare, keep_memory, machine, table, write
+from benchmarks.common import RESULTS, compare, keep_memory, recording, table
 from cafe_kernels.attention import distance_attention
 
 OURS, EAGER, SDPA, LOOP = "distance_attention", "eager, padded", "SDPA with a float mask, padded", "SDPA a sequence"
@@ -127,14 +127,8 @@ def contestants(name: str, backward: bool, dim: int) -> dict[str, Callable[[Simp
 @pytest.fixture(scope="module")
 def record(pytestconfig: pytest.Config) -> Iterator[dict[str, Any]]:
     keep_memory()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    results: dict[str, Any] = {"threads": 1, "cases": {}, "growth": {}}
-    yield results
-    torch.set_num_threads(threads)
-    path = write("attention", results)
-    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n{machine()}, 1 thread\nwritten: {path}")
+    with recording("attention", pytestconfig, {"threads": 1, "cases": {}, "growth": {}}) as record:
+        yield record
 
 
 @pytest.mark.parametrize("dim", [64, 128])

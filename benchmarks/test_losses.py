@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, embedding
 
-from benchmarks.common import compare, keep_memory, machine, table, write
+from benchmarks.common import compare, keep_memory, recording, table
 from cafe_kernels import sampled_bce, sampled_softmax
 
 TOKENS, DIM = 3200, 128
@@ -83,14 +83,9 @@ def check_agreement(x: SimpleNamespace) -> None:
 @pytest.fixture(scope="module")
 def record(pytestconfig: pytest.Config) -> Iterator[dict[str, Any]]:
     keep_memory()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    results: dict[str, Any] = {"threads": 1, "tokens": TOKENS, "dim": DIM, "cases": {}, "peak_megabytes": {}}
-    yield results
-    torch.set_num_threads(threads)
-    path = write("losses", results)
-    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n{machine()}, 1 thread\nwritten: {path}")
+    empty: dict[str, Any] = {"threads": 1, "tokens": TOKENS, "dim": DIM, "cases": {}, "peak_megabytes": {}}
+    with recording("losses", pytestconfig, empty) as record:
+        yield record
 
 
 @pytest.mark.parametrize("catalog", CATALOGS)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.common import machine, write
+from benchmarks.common import recording
 from cafe_kernels.optim import RowSparseAdam
 
 warnings.filterwarnings("ignore", message="Sparse invariant checks")
@@ -30,14 +30,9 @@ V = 1_910_000
 
 @pytest.fixture(scope="module")
 def record(pytestconfig: pytest.Config) -> Iterator[dict[str, Any]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    results: dict[str, Any] = {}
-    yield results
-    torch.set_num_threads(threads)
-    path = write("optim", {"threads": 1, "rows": ROWS, "dim": DIM, "clock": "thread CPU time", "cases": results})
-    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n{machine()}, 1 thread\nwritten: {path}")
+    empty: dict[str, Any] = {"threads": 1, "rows": ROWS, "dim": DIM, "clock": "thread CPU time", "cases": {}}
+    with recording("optim", pytestconfig, empty) as record:
+        yield record["cases"]
 
 
 def gradient(v: int, seed: int, like: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.common import compare, machine, table, write
+from benchmarks.common import compare, recording, table
 from cafe_kernels import AliasSampler
 
 OURS, EXCLUDING, DISTINCT = "AliasSampler", "AliasSampler, excluding", "AliasSampler, distinct"
@@ -29,14 +29,10 @@ C_LOOP = "void f(const double* a, const int* i, long n, double* o) { for (long j
 
 @pytest.fixture(scope="module")
 def record(pytestconfig: pytest.Config) -> Iterator[dict[str, Any]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    results: dict[str, Any] = {}
-    yield results
-    torch.set_num_threads(threads)
-    path = write("sampler", {"threads": 1, "history": HISTORY, "draws_a_row": K, "cases": results})
-    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n{machine()}, 1 thread\nwritten: {path}")
+    with recording(
+        "sampler", pytestconfig, {"threads": 1, "history": HISTORY, "draws_a_row": K, "cases": {}}
+    ) as record:
+        yield record["cases"]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.common import RESULTS, keep_memory, machine, write
+from benchmarks.common import RESULTS, keep_memory, recording
 from cafe.config import Config
 from cafe.data import simulate
 from cafe.data.prepare import prepare
@@ -95,11 +95,10 @@ def scaled_up() -> SimpleNamespace:
 def record(pytestconfig: pytest.Config) -> Iterator[dict[str, Any]]:
     keep_memory()
     former = RESULTS / "topk.json"  # a run of some cases (-k) replaces those only
-    results: dict[str, Any] = json.loads(former.read_text())["cases"] if former.exists() else {}
-    yield results
-    path = write("topk", {"threads": torch.get_num_threads(), "items": ITEMS, "dim": DIM, "k": K, "cases": results})
-    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n{machine()}, {torch.get_num_threads()} threads\nwritten: {path}")
+    cases = json.loads(former.read_text())["cases"] if former.exists() else {}
+    head = {"threads": torch.get_num_threads(), "items": ITEMS, "dim": DIM, "k": K}
+    with recording("topk", pytestconfig, head | {"cases": cases}) as record:
+        yield record["cases"]
 
 
 @pytest.fixture(scope="module", params=["trained", "random"])

@@ -36,12 +36,7 @@ constexpr int64_t kQueries = 96, kKeys = 192;
 constexpr int64_t kGroups = 64;         // of sequences, at most
 constexpr double kPerThread = 4e6;      // multiply-adds that are worth a thread
 constexpr int64_t kInPlace = 8192;      // floats of a sequence, all heads, that the first-level cache holds unpacked
-constexpr float kOnes[8] = {1, 1, 1, 1, 1, 1, 1, 1};
 constexpr int64_t kMargin = 64;         // more than vectors read before and after the biases
-
-struct Bf16 {
-    uint16_t bits;
-};
 
 struct Problem {
     int64_t total, heads, dim, sequences, longest;
@@ -95,53 +90,17 @@ class Room {
 };
 thread_local Room room;
 
-// A wide vector in a function's type warns about the ABI; these functions are all inlined or local.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC bug 105593: its own AVX-512 header sets it off
-
-#ifdef CAFE_X86
-#define CAFE_ISA avx512
-#define CAFE_TARGET __attribute__((target("avx512f")))
-#define CAFE_WIDTH 16
-#define CAFE_ROWS 8
-#define CAFE_MULTIPLY(a, b) (Pairs) _mm512_mul_epu32((__m512i)(a), (__m512i)(b))
-#include "attention_kernel.h"
-
-#define CAFE_ISA avx2
-#define CAFE_TARGET __attribute__((target("avx2,fma")))
-#define CAFE_WIDTH 8
-#define CAFE_ROWS 6
-#define CAFE_MULTIPLY(a, b) (Pairs) _mm256_mul_epu32((__m256i)(a), (__m256i)(b))
-#include "attention_kernel.h"
-#endif
-
-#define CAFE_ISA portable
-#define CAFE_TARGET
-#define CAFE_WIDTH 4
-#define CAFE_ROWS 6
-#ifdef CAFE_X86
-#define CAFE_MULTIPLY(a, b) (Pairs) _mm_mul_epu32((__m128i)(a), (__m128i)(b))
-#else
-#define CAFE_MULTIPLY(a, b) ((a) & 0xFFFFFFFF) * ((b) & 0xFFFFFFFF)
-#endif
-#include "attention_kernel.h"
+#define CAFE_KERNEL "attention_kernel.h"
+#include "each_isa.h"
 
 template <class T>
 void forward(Isa isa, const Problem& p, const Tensors<T>& t, int64_t sequence, int64_t head) {
-#ifdef CAFE_X86
-    if (isa == Isa::avx512) return avx512::forward(p, t, sequence, head, room);
-    if (isa == Isa::avx2) return avx2::forward(p, t, sequence, head, room);
-#endif
-    portable::forward(p, t, sequence, head, room);
+    CAFE_DISPATCH(isa, forward(p, t, sequence, head, room));
 }
 
 template <class T>
 void backward(Isa isa, const Problem& p, const Gradients<T>& t, int64_t sequence, int64_t head, float* dbias) {
-#ifdef CAFE_X86
-    if (isa == Isa::avx512) return avx512::backward(p, t, sequence, head, dbias, room);
-    if (isa == Isa::avx2) return avx2::backward(p, t, sequence, head, dbias, room);
-#endif
-    portable::backward(p, t, sequence, head, dbias, room);
+    CAFE_DISPATCH(isa, backward(p, t, sequence, head, dbias, room));
 }
 
 // f(group, head, sequence) for all of them; one thread has all sequences of a (group, head), in order.

@@ -1,114 +1,15 @@
-// One sequence and head of distance attention, forward and backward, for one instruction set. attention.cpp includes this
-// file once for each, with CAFE_ISA (the namespace), CAFE_TARGET, CAFE_WIDTH (floats in a vector), CAFE_ROWS (rows of a
-// register tile) and CAFE_MULTIPLY (the 64-bit products of the low halves of 64-bit lanes) set. The equations are there.
+// One sequence and head of distance attention, forward and backward, for one instruction set: see simd.h. The equations are in
+// attention.cpp.
 //
 // All work is matrix products of a strip of kRows rows, whose sums stay in registers, with the rows' softmax in between
 // while the strip is in the first-level cache. A product takes its right factor in panels, two vectors of columns. Short
 // sequences of float32 whose rows are whole vectors are read, and results written, where they lie; others, and all that
 // is transposed, are first packed: the rows of a panel one after another, zeros where a vector is not full.
-namespace CAFE_ISA {
 
-#define TARGET CAFE_TARGET
-#define INLINE CAFE_TARGET __attribute__((always_inline)) inline
-
-constexpr int W = CAFE_WIDTH, kRows = CAFE_ROWS, kPanel = 2 * W;
 constexpr int64_t kStride = kKeys + W;  // of a tile of weights: W zeros between rows, for add_diagonals
 static_assert(kQueries % kRows == 0 && kKeys % kQueries == 0 && kKeys % kPanel == 0, "blocks must fit each other");
 
-typedef float Vector __attribute__((vector_size(4 * W)));
-typedef float Unaligned __attribute__((vector_size(4 * W), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(4 * W)));
-typedef uint32_t Words __attribute__((vector_size(4 * W)));
 typedef uint64_t Pairs __attribute__((vector_size(4 * W)));  // the W / 2 counters of Philox, or pairs of its words
-typedef uint32_t UnalignedWords __attribute__((vector_size(4 * W), aligned(4)));
-typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2)));
-
-INLINE Vector load(const float* x) { return *reinterpret_cast<const Unaligned*>(x); }
-INLINE void store(float* x, Vector v) { *reinterpret_cast<Unaligned*>(x) = v; }
-
-INLINE Vector load(const Bf16* x) {
-    return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(x), Words) << 16);
-}
-INLINE void store(Bf16* x, Vector v) {  // rounds to nearest, ties to even; a NaN stays one
-    Words bits = (Words)v, rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    *reinterpret_cast<Halves*>(x) = __builtin_convertvector(v == v ? rounded : (bits >> 16 | 0x40), Halves);
-}
-
-template <class T>
-INLINE Vector load(const T* x, int64_t count) {  // zeros from count on
-    if (count >= W) return load(x);
-    T part[W] = {};
-    for (int64_t l = 0; l < count; ++l) part[l] = x[l];
-    return load(part);
-}
-
-template <class T>
-INLINE void store(T* x, Vector v, int64_t count) {
-    if (count >= W) return store(x, v);
-    T part[W];
-    store(part, v);
-    for (int64_t l = 0; l < count; ++l) x[l] = part[l];
-}
-
-// Transposes the square of n vectors of n lanes: for each bit of the indices, rows without the bit swap their lanes with
-// it for the lanes without it of the rows with it.
-template <int S, class V, int... L>
-INLINE void swap_blocks(V& a, V& b, std::integer_sequence<int, L...>) {
-    constexpr int n = sizeof...(L);
-    V low = __builtin_shufflevector(a, b, ((L & S) ? n + L - S : L)...);
-    b = __builtin_shufflevector(a, b, ((L & S) ? n + L : L + S)...);
-    a = low;
-}
-
-template <int S = 1, class V, int N>
-INLINE void transpose(V (&v)[N]) {
-    if constexpr (S < N) {
-#pragma GCC unroll 16
-        for (int r = 0; r < N; ++r)
-            if (!(r & S)) swap_blocks<S>(v[r], v[r + S], std::make_integer_sequence<int, N>());
-        transpose<2 * S>(v);
-    }
-}
-
-template <int S, int... L>
-INLINE Vector rotate(Vector v, std::integer_sequence<int, L...>) {
-    return __builtin_shufflevector(v, v, (L ^ S)...);
-}
-
-INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
-
-template <int S = W / 2>
-INLINE float max_of(Vector v) {
-    v = larger(v, rotate<S>(v, std::make_integer_sequence<int, W>()));
-    if constexpr (S > 1) return max_of<S / 2>(v);
-    else return v[0];
-}
-
-template <int S = W / 2>
-INLINE float sum_of(Vector v) {
-    v += rotate<S>(v, std::make_integer_sequence<int, W>());
-    if constexpr (S > 1) return sum_of<S / 2>(v);
-    else return v[0];
-}
-
-// e^x for x <= 0 or just above: 2^n e^f, f in +-ln(2) / 2 with the polynomial of Cephes' expf; relative error 1e-7.
-INLINE Vector exponential(Vector x) {
-    Vector shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, which stands in the low bits
-    Vector n = shifted - 12582912.0f, f = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Vector y = 1.9875691500e-4f * f + 1.3981999507e-3f;
-    y = y * f + 8.3334519073e-3f;
-    y = y * f + 4.1665795894e-2f;
-    y = y * f + 1.6666665459e-1f;
-    y = y * f + 5.0000001201e-1f;
-    y = y * (f * f) + f + 1.0f;
-    return x < -87.0f ? Vector{} : y * (Vector)(((Ints)shifted + 127) << 23);
-}
-
-struct Right {
-    const float* x;
-    int64_t row, panel;  // how far apart the rows of a panel, and the panels, are
-    Right from(int64_t k) const { return {x + k * row, row, panel}; }
-};
 
 // What -inf hides stays hidden, even a NaN.
 INLINE Vector add_bias(Vector x, const float* at) {
@@ -116,64 +17,12 @@ INLINE Vector add_bias(Vector x, const float* at) {
     return bias > -std::numeric_limits<float>::infinity() ? x + bias : bias;
 }
 
-// C = alpha * A B (+ C) for M rows, each with its alpha, and N vectors of columns; A's element (m, k) is a[m * lda + k], or
-// a[k * lda + m].
-template <int M, int N, bool kTransposed>
-INLINE void multiply_tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, const float* alpha, bool add,
-                          float* c, int64_t ldc) {
-    Vector sum[M][N] = {};
-    for (int64_t k = 0; k < depth; ++k, b += ldb) {
-        Vector right[N];
-        for (int x = 0; x < N; ++x) right[x] = load(b + x * W);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-            float left = kTransposed ? a[k * lda + m] : a[m * lda + k];
-            for (int x = 0; x < N; ++x) sum[m][x] += left * right[x];
-        }
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
-        for (int x = 0; x < N; ++x) {
-            float* at = c + m * ldc + x * W;
-            store(at, add ? alpha[m] * sum[m][x] + load(at) : alpha[m] * sum[m][x]);
-        }
-}
-
-// The same for rows <= kRows and any number of vectors.
-template <bool kTransposed, int M = kRows>
-TARGET void multiply(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda, Right right, const float* alpha,
-                     bool add, float* c, int64_t ldc) {
-    if constexpr (M > 1)
-        if (rows < M) return multiply<kTransposed, M - 1>(rows, vectors, depth, a, lda, right, alpha, add, c, ldc);
-    for (; vectors >= 2; vectors -= 2, right.x += right.panel, c += kPanel)
-        multiply_tile<M, 2, kTransposed>(depth, a, lda, right.x, right.row, alpha, add, c, ldc);
-    if (vectors) multiply_tile<M, 1, kTransposed>(depth, a, lda, right.x, right.row, alpha, add, c, ldc);
-}
-
-// x (n, dim), rows `stride` apart, as a right factor.
+// x (n, dim), rows `stride` apart, as a right factor: where it lies, or packed.
 template <class T>
-TARGET Right pack(const T* x, int64_t stride, int64_t n, int64_t dim, float* panels) {
+TARGET Right right_factor(const T* x, int64_t stride, int64_t n, int64_t dim, float* panels) {
     if constexpr (std::is_same_v<T, float>)
         if (dim % W == 0 && n * stride <= kInPlace) return {x, stride, kPanel};
-    for (int64_t d = 0; d < dim; d += W) {
-        float* to = panels + d / kPanel * n * kPanel + d % kPanel;
-        for (int64_t j = 0; j < n; ++j) store(to + j * kPanel, load(x + j * stride + d, dim - d));
-    }
-    return {panels, kPanel, n * kPanel};
-}
-
-// Its transpose (dim, n), as panels of dim rows; the panel of key j, a multiple of kPanel, is at j * dim.
-template <class T>
-TARGET void pack_transposed(const T* x, int64_t stride, int64_t n, int64_t dim, float* panels) {
-    for (int64_t j = 0; j < n; j += W) {
-        float* to = panels + j / kPanel * dim * kPanel + j % kPanel;
-        for (int64_t d = 0; d < dim; d += W) {
-            Vector block[W];
-            for (int r = 0; r < W; ++r) block[r] = j + r < n ? load(x + (j + r) * stride + d, dim - d) : Vector{};
-            transpose(block);
-            for (int r = 0; r < W && d + r < dim; ++r) store(to + (d + r) * kPanel, block[r]);
-        }
-    }
+    return pack(x, stride, n, dim, panels);
 }
 
 // The left factor of a product is read one number at a time, so float32 is read where it lies.
@@ -251,7 +100,7 @@ TARGET void forward(const Problem& p, const Tensors<T>& t, int64_t sequence, int
     float* top = room.take(kQueries);  // the running maximum and sum of each row
     float* sum = room.take(kQueries);
     pack_transposed(t.k + start, stride, n, dim, keys);
-    const Right values = pack(t.v + start, stride, n, dim, room.take(n * padded));
+    const Right values = right_factor(t.v + start, stride, n, dim, room.take(n * padded));
     const Rows<const float> q = unpacked(t.q + start, stride, n, dim, room.take(n * dim));
     const Rows<float> out = results(t.out + start, stride, dim, room.take(n * columns));
     const float* bias = p.bias + head * p.bias_stride + p.longest - 1;
@@ -331,9 +180,9 @@ TARGET void backward(const Problem& p, const Gradients<T>& t, int64_t sequence, 
     float* mask = room.take((kRows + W) * kKeys);
     pack_transposed(t.k + start, stride, n, dim, keys_transposed);
     pack_transposed(t.v + start, stride, n, dim, values_transposed);
-    const Right keys = pack(t.k + start, stride, n, dim, room.take(n * padded));
-    const Right queries = pack(t.q + start, stride, n, dim, room.take(n * padded));
-    const Right gradients = pack(t.grad_out + start, stride, n, dim, room.take(n * padded));
+    const Right keys = right_factor(t.k + start, stride, n, dim, room.take(n * padded));
+    const Right queries = right_factor(t.q + start, stride, n, dim, room.take(n * padded));
+    const Right gradients = right_factor(t.grad_out + start, stride, n, dim, room.take(n * padded));
     const Rows<const float> q = unpacked(t.q + start, stride, n, dim, room.take(n * dim));
     const Rows<const float> grad_out = unpacked(t.grad_out + start, stride, n, dim, room.take(n * dim));
     const Rows<float> dq = results(t.dq + start, stride, dim, room.take(n * columns));
@@ -393,13 +242,3 @@ TARGET void backward(const Problem& p, const Gradients<T>& t, int64_t sequence, 
     finish(dk, t.dk + start, stride, n, dim);
     finish(dv, t.dv + start, stride, n, dim);
 }
-
-#undef TARGET
-#undef INLINE
-
-}  // namespace CAFE_ISA
-#undef CAFE_ISA
-#undef CAFE_TARGET
-#undef CAFE_WIDTH
-#undef CAFE_ROWS
-#undef CAFE_MULTIPLY

@@ -1,5 +1,6 @@
 // Which vector instructions to use, decided at run time so that one build serves every CPU.
 #pragma once
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -8,6 +9,10 @@
 #endif
 
 namespace cafe {
+
+struct Bf16 {  // bfloat16, which numpy knows by its bits only
+    uint16_t bits;
+};
 
 enum class Isa { portable, avx2, avx512 };
 

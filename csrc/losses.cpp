@@ -20,6 +20,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu.h"
@@ -34,10 +35,6 @@ constexpr int64_t kTokens = 64;        // in a block
 constexpr int64_t kSegments = 128;     // in a block
 constexpr double kPerThread = 4e6;     // multiply-adds that are worth a thread
 constexpr int64_t kMaxId = std::numeric_limits<int32_t>::max();
-
-struct Bf16 {
-    uint16_t bits;
-};
 
 enum class Drawn { per_token, per_sequence, once };  // the negatives
 
@@ -88,38 +85,8 @@ struct Sums {
     }
 };
 
-// A wide vector in a function's type warns about the ABI; these functions are all inlined or local.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-
-#ifdef CAFE_X86
-#define CAFE_ISA avx512
-#define CAFE_TARGET __attribute__((target("avx512f")))
-#define CAFE_WIDTH 16
-#define CAFE_ROWS 8
-#include "losses_kernel.h"
-
-#define CAFE_ISA avx2
-#define CAFE_TARGET __attribute__((target("avx2,fma")))
-#define CAFE_WIDTH 8
-#define CAFE_ROWS 6
-#include "losses_kernel.h"
-#endif
-
-#define CAFE_ISA portable
-#define CAFE_TARGET
-#define CAFE_WIDTH 4
-#define CAFE_ROWS 6
-#include "losses_kernel.h"
-
-#ifdef CAFE_X86
-#define CAFE_DISPATCH(isa, call)            \
-    (isa) == Isa::avx512 ? avx512::call     \
-    : (isa) == Isa::avx2 ? avx2::call       \
-                         : portable::call
-#else
-#define CAFE_DISPATCH(isa, call) portable::call
-#endif
+#define CAFE_KERNEL "losses_kernel.h"
+#include "each_isa.h"
 
 template <bool kComposed, class T>
 void run(Isa isa, const Problem<T>& p, int64_t parts, float* sums, int64_t stride, int64_t threads) {

@@ -1,8 +1,4 @@
-// The kernels of losses.cpp for one instruction set. losses.cpp includes this file once for each, with CAFE_ISA (the
-// namespace) and what simd.h wants set. The equations are there.
-namespace CAFE_ISA {
-
-#include "simd.h"
+// The kernels of losses.cpp for one instruction set: see simd.h. The equations are in losses.cpp.
 
 template <class T>
 struct Row {
@@ -202,14 +198,14 @@ TARGET void shared(const Problem<T>& p, int64_t group, int64_t begin, int64_t en
         const Row<T> row = row_of<kComposed>(p, negatives[k]);
         for (int64_t x = 0; x < dim; x += W) store(&gathered[k * columns + x], at<kComposed>(row, x, dim - x));
     }
-    pack_transposed(gathered.data(), columns, count, dim, by_column.data());
-    if (p.dh) pack(gathered.data(), columns, count, dim, by_row.data());
+    const Right transposed = pack_transposed(gathered.data(), columns, count, dim, by_column.data());
+    const Right by_rows = p.dh ? pack(gathered.data(), columns, count, dim, by_row.data()) : Right{};
 
     for (int64_t first = begin; first < end; first += kTokens) {
         const int64_t n = std::min(kTokens, end - first);
         for (int64_t strip = 0; strip < n; strip += kRows)
             multiply<false>(std::min<int64_t>(kRows, n - strip), padded / W, dim, p.h + (first + strip) * dim, dim,
-                            by_column.data(), dim * kPanel, false, &logits[strip * padded], padded);
+                            transposed, kOnes, false, &logits[strip * padded], padded);
         for (int64_t i = 0; i < n; ++i) {
             const int64_t t = first + i;
             float* x = &logits[i * padded];
@@ -225,8 +221,8 @@ TARGET void shared(const Problem<T>& p, int64_t group, int64_t begin, int64_t en
         if (!p.dh) continue;
         for (int64_t strip = 0; strip < n; strip += kRows) {
             const int64_t rows = std::min<int64_t>(kRows, n - strip);
-            multiply<false>(rows, vectors, count, &logits[strip * padded], padded, by_row.data(), count * kPanel, false,
-                            dh.data(), columns);
+            multiply<false>(rows, vectors, count, &logits[strip * padded], padded, by_rows, kOnes, false, dh.data(),
+                            columns);
             for (int64_t i = 0; i < rows; ++i) {
                 const int64_t t = first + strip + i;
                 const Row<T> own = row_of<kComposed>(p, p.positives[t]);
@@ -235,10 +231,10 @@ TARGET void shared(const Problem<T>& p, int64_t group, int64_t begin, int64_t en
                 p.coefficients[t] = dpositive[strip + i];
             }
         }
-        pack(p.h + first * dim, dim, n, dim, h_panels.data());
+        const Right h = pack(p.h + first * dim, dim, n, dim, h_panels.data());
         for (int64_t k = 0; k < count; k += kRows)
-            multiply<true>(std::min<int64_t>(kRows, count - k), vectors, n, &logits[k], padded, h_panels.data(), n * kPanel,
-                           first > begin, sums + k * stride, stride);
+            multiply<true>(std::min<int64_t>(kRows, count - k), vectors, n, &logits[k], padded, h, kOnes, first > begin,
+                           sums + k * stride, stride);
     }
 }
 
@@ -268,11 +264,3 @@ TARGET inline void sum_segments(const Sums& s, int64_t begin, int64_t end) {
         }
     }
 }
-
-}  // namespace CAFE_ISA
-#undef TARGET
-#undef INLINE
-#undef CAFE_ISA
-#undef CAFE_TARGET
-#undef CAFE_WIDTH
-#undef CAFE_ROWS

@@ -22,6 +22,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
@@ -40,10 +41,6 @@ constexpr int64_t kPerThread = 1 << 18;   // elements that are worth a thread
 constexpr int64_t kAhead = 4;             // rows that are under way (prefetched) at once
 constexpr int64_t kPowers = 1024;
 constexpr double kNegligible = 0x1p-30;   // history.py: NEGLIGIBLE
-
-struct Bf16 {
-    uint16_t bits;
-};
 
 struct Term {  // of a block of skipped steps
     float weight, epsilon, c2, c3, c4;
@@ -65,40 +62,12 @@ struct HistoryRow {  // of step s: moments over the steps after s, up to `next` 
     double moment[5], log_decay, next, lr;
 };
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // wide vectors in the types of functions that are all inlined
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC bug 105593: its own AVX-512 header sets it off
-
-#ifdef CAFE_X86
-#define CAFE_ISA avx512
-#define CAFE_TARGET __attribute__((target("avx512f")))
-#define CAFE_WIDTH 16
-#define CAFE_SQRT(x) (Vector) _mm512_sqrt_ps((__m512)(x))
-#include "optim_kernel.h"
-
-#define CAFE_ISA avx2
-#define CAFE_TARGET __attribute__((target("avx2,fma")))
-#define CAFE_WIDTH 8
-#define CAFE_SQRT(x) (Vector) _mm256_sqrt_ps((__m256)(x))
-#include "optim_kernel.h"
-#endif
-
-#define CAFE_ISA portable
-#define CAFE_TARGET
-#define CAFE_WIDTH 4
-#ifdef CAFE_X86
-#define CAFE_SQRT(x) (Vector) _mm_sqrt_ps((__m128)(x))
-#else
-#define CAFE_SQRT(x) (Vector{std::sqrt((x)[0]), std::sqrt((x)[1]), std::sqrt((x)[2]), std::sqrt((x)[3])})
-#endif
-#include "optim_kernel.h"
+#define CAFE_KERNEL "optim_kernel.h"
+#include "each_isa.h"
 
 template <class T, class S>
 void update_row(Isa isa, const Row& row, int64_t dim, T* p, S* m, S* v, const float* g, const uint16_t* random, int64_t stride) {
-#ifdef CAFE_X86
-    if (isa == Isa::avx512) return avx512::update_row(row, dim, p, m, v, g, random, stride);
-    if (isa == Isa::avx2) return avx2::update_row(row, dim, p, m, v, g, random, stride);
-#endif
-    portable::update_row(row, dim, p, m, v, g, random, stride);
+    CAFE_DISPATCH(isa, update_row(row, dim, p, m, v, g, random, stride));
 }
 
 // What the exact mode knows of the skipped steps.

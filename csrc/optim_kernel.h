@@ -1,23 +1,6 @@
-// Adam's arithmetic on one row, for one instruction set. optim.cpp includes this file once for each, with CAFE_ISA (the
-// namespace), CAFE_TARGET, CAFE_WIDTH (floats in a vector) and CAFE_SQRT set. The equations are there.
-namespace CAFE_ISA {
+// Adam's arithmetic on one row, for one instruction set: see simd.h. The equations are in optim.cpp.
 
-#define TARGET CAFE_TARGET
-#define INLINE CAFE_TARGET __attribute__((always_inline)) inline
-
-constexpr int W = CAFE_WIDTH;
-
-typedef float Vector __attribute__((vector_size(4 * W)));
-typedef float Unaligned __attribute__((vector_size(4 * W), aligned(4)));
-typedef uint32_t Words __attribute__((vector_size(4 * W)));
-typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2)));
-
-INLINE Vector load(const float* x) { return *reinterpret_cast<const Unaligned*>(x); }
-INLINE Vector load(const Bf16* x) {
-    return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(x), Words) << 16);
-}
-
-INLINE void store(float* x, Vector v, const uint16_t*) { *reinterpret_cast<Unaligned*>(x) = v; }
+INLINE void store(float* x, Vector v, const uint16_t*) { store(x, v); }
 INLINE void store(Bf16* x, Vector v, const uint16_t* random) {  // a NaN stays one
     Words bits = (Words)v;
     Words up = random ? __builtin_convertvector(*reinterpret_cast<const Halves*>(random), Words) : 0x7FFF + ((bits >> 16) & 1);
@@ -65,11 +48,3 @@ TARGET void update_row(const Row& row, int64_t dim, T* p, S* m, S* v, const floa
     update(row, p_rest, m_rest, v_rest, g ? g_rest : g, random ? random + x : random, stride);
     std::copy_n(p_rest, rest, p + x), std::copy_n(m_rest, rest, m + x), std::copy_n(v_rest, rest, v + x);
 }
-
-#undef TARGET
-#undef INLINE
-}  // namespace CAFE_ISA
-#undef CAFE_ISA
-#undef CAFE_TARGET
-#undef CAFE_WIDTH
-#undef CAFE_SQRT

@@ -1,5 +1,7 @@
-// Vectors and small matrix products for one instruction set. A kernel header includes this inside its namespace, with
-// CAFE_TARGET, CAFE_WIDTH (floats in a vector) and CAFE_ROWS (rows of a register tile) set.
+// Vectors and small matrix products for one instruction set, and after them the file CAFE_KERNEL, in one namespace. each_isa.h
+// includes this once for each instruction set.
+namespace CAFE_ISA {
+
 #define TARGET CAFE_TARGET
 #define INLINE CAFE_TARGET __attribute__((always_inline)) inline
 
@@ -19,6 +21,11 @@ INLINE Vector load(const Bf16* x) {
     return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(x), Words) << 16);
 }
 
+INLINE void store(Bf16* x, Vector v) {  // rounds to nearest, ties to even; a NaN stays one
+    Words bits = (Words)v, rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    *reinterpret_cast<Halves*>(x) = __builtin_convertvector(v == v ? rounded : (bits >> 16 | 0x40), Halves);
+}
+
 template <class T>
 INLINE Vector load(const T* x, int64_t count) {  // zeros from count on
     if (count >= W) return load(x);
@@ -27,9 +34,12 @@ INLINE Vector load(const T* x, int64_t count) {  // zeros from count on
     return load(part);
 }
 
-INLINE void store(float* x, Vector v, int64_t count) {
+template <class T>
+INLINE void store(T* x, Vector v, int64_t count) {
     if (count >= W) return store(x, v);
-    for (int64_t l = 0; l < count; ++l) x[l] = v[l];
+    T part[W];
+    store(part, v);
+    for (int64_t l = 0; l < count; ++l) x[l] = part[l];
 }
 
 // Transposes the square of n vectors of n lanes: for each bit of the indices, rows without the bit swap their lanes with
@@ -98,11 +108,23 @@ INLINE Vector log_of_one_and(Vector e) {
     return 2.0f * (y * square * z + z);
 }
 
-// C = A B (+ C) for M rows and N vectors of columns; A's element (m, k) is a[m * lda + k], or a[k * lda + m].
+// The right factor of a product, in panels: two vectors of columns, rows one after another.
+struct Right {
+    const float* x;
+    int64_t row, panel;  // how far apart the rows of a panel, and the panels, are
+    Right from(int64_t k) const { return {x + k * row, row, panel}; }
+};
+
+constexpr float kOnes[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+static_assert(kRows <= 8, "a row, an alpha");
+
+// C = alpha * A B (+ C) for M rows, each with its alpha, and N vectors of columns; A's element (m, k) is a[m * lda + k], or
+// a[k * lda + m].
 template <int M, int N, bool kTransposed>
-INLINE void multiply_tile(int64_t depth, const float* a, int64_t lda, const float* b, bool add, float* c, int64_t ldc) {
+INLINE void multiply_tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, const float* alpha, bool add,
+                          float* c, int64_t ldc) {
     Vector sum[M][N] = {};
-    for (int64_t k = 0; k < depth; ++k, b += kPanel) {
+    for (int64_t k = 0; k < depth; ++k, b += ldb) {
         Vector right[N];
         for (int x = 0; x < N; ++x) right[x] = load(b + x * W);
 #pragma GCC unroll 16
@@ -115,31 +137,34 @@ INLINE void multiply_tile(int64_t depth, const float* a, int64_t lda, const floa
     for (int m = 0; m < M; ++m)
         for (int x = 0; x < N; ++x) {
             float* at = c + m * ldc + x * W;
-            store(at, add ? sum[m][x] + load(at) : sum[m][x]);
+            store(at, add ? alpha[m] * sum[m][x] + load(at) : alpha[m] * sum[m][x]);
         }
 }
 
-// The same for rows <= kRows and any number of vectors; B's panels lie panel_stride apart.
+// The same for rows <= kRows and any number of vectors.
 template <bool kTransposed, int M = kRows>
-TARGET void multiply(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda, const float* b,
-                     int64_t panel_stride, bool add, float* c, int64_t ldc) {
+TARGET void multiply(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda, Right right, const float* alpha,
+                     bool add, float* c, int64_t ldc) {
     if constexpr (M > 1)
-        if (rows < M) return multiply<kTransposed, M - 1>(rows, vectors, depth, a, lda, b, panel_stride, add, c, ldc);
-    for (; vectors >= 2; vectors -= 2, b += panel_stride, c += kPanel)
-        multiply_tile<M, 2, kTransposed>(depth, a, lda, b, add, c, ldc);
-    if (vectors) multiply_tile<M, 1, kTransposed>(depth, a, lda, b, add, c, ldc);
+        if (rows < M) return multiply<kTransposed, M - 1>(rows, vectors, depth, a, lda, right, alpha, add, c, ldc);
+    for (; vectors >= 2; vectors -= 2, right.x += right.panel, c += kPanel)
+        multiply_tile<M, 2, kTransposed>(depth, a, lda, right.x, right.row, alpha, add, c, ldc);
+    if (vectors) multiply_tile<M, 1, kTransposed>(depth, a, lda, right.x, right.row, alpha, add, c, ldc);
 }
 
-// x (n, dim), rows `stride` apart, as panels of n rows: two vectors of columns, rows one after another.
-TARGET inline void pack(const float* x, int64_t stride, int64_t n, int64_t dim, float* panels) {
+// x (n, dim), rows `stride` apart, as a right factor.
+template <class T>
+TARGET Right pack(const T* x, int64_t stride, int64_t n, int64_t dim, float* panels) {
     for (int64_t d = 0; d < dim; d += W) {
         float* to = panels + d / kPanel * n * kPanel + d % kPanel;
         for (int64_t j = 0; j < n; ++j) store(to + j * kPanel, load(x + j * stride + d, dim - d));
     }
+    return {panels, kPanel, n * kPanel};
 }
 
-// Its transpose (dim, n), as panels of dim rows.
-TARGET inline void pack_transposed(const float* x, int64_t stride, int64_t n, int64_t dim, float* panels) {
+// Its transpose (dim, n), as panels of dim rows; the panel of column j, a multiple of kPanel, is at j * dim.
+template <class T>
+TARGET Right pack_transposed(const T* x, int64_t stride, int64_t n, int64_t dim, float* panels) {
     for (int64_t j = 0; j < n; j += W) {
         float* to = panels + j / kPanel * dim * kPanel + j % kPanel;
         for (int64_t d = 0; d < dim; d += W) {
@@ -149,4 +174,17 @@ TARGET inline void pack_transposed(const float* x, int64_t stride, int64_t n, in
             for (int r = 0; r < W && d + r < dim; ++r) store(to + (d + r) * kPanel, block[r]);
         }
     }
+    return {panels, kPanel, dim * kPanel};
 }
+
+#include CAFE_KERNEL
+
+}  // namespace CAFE_ISA
+#undef TARGET
+#undef INLINE
+#undef CAFE_ISA
+#undef CAFE_TARGET
+#undef CAFE_WIDTH
+#undef CAFE_ROWS
+#undef CAFE_MULTIPLY
+#undef CAFE_SQRT

@@ -1,31 +1,13 @@
-"""`distance_attention`: causal attention with a learned per-head log-theta distance bias on packed sequences (Eq. 5-6).
-
-One rule chooses the backend: the argument, else CAFE_KERNELS_BACKEND, else `triton` for tensors on a GPU, `cpu` for float32
-and bfloat16 on the CPU, and `reference` for everything else.
-"""
-
-import os
+"""`distance_attention`: causal attention with a learned per-head log-theta distance bias on packed sequences (Eq. 5-6)."""
 
 import torch
 from torch import Tensor
 
 from cafe_kernels.attention import ops, reference
 from cafe_kernels.attention.module import DistanceMaskedAttention
+from cafe_kernels.backends import choose_backend
 
 __all__ = ["DistanceMaskedAttention", "distance_attention"]
-
-
-def choose_backend(q: Tensor, backend: str | None) -> str:
-    """The backend that will run, or a ValueError that says why it cannot."""
-    name = backend or os.environ.get("CAFE_KERNELS_BACKEND") or None
-    if name is None:
-        fast = "triton" if q.is_cuda else "cpu"
-        return "reference" if ops.backend_module(fast).unavailable(q) else fast
-    if name != "reference" and name not in ops.BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: expected reference, {', '.join(ops.BACKENDS)}")
-    if name != "reference" and (reason := ops.backend_module(name).unavailable(q)):
-        raise ValueError(f"backend {name!r} cannot run: {reason}")
-    return name
 
 
 def distance_attention(
@@ -124,7 +106,7 @@ def distance_attention(
     if not (0 <= seed < 2**63 and 0 <= offset < 2**63):
         raise ValueError(f"seed and offset must be in [0, 2^63), got {seed} and {offset}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = choose_backend(q, backend)
+    chosen = choose_backend(backend, ops.backend_module, q)
     if chosen == "reference":
         longest = ops.longest_sequence(cu_seqlens, len(q), max_seqlen or 0, log_theta)
         return reference.distance_attention(

@@ -4,13 +4,13 @@ It uses up to torch.get_num_threads() threads, fewer for little work; the number
 The environment variable CAFE_KERNELS_ISA (auto, portable, avx2 or avx512) forces a code path.
 """
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cafe_kernels import _C
+from cafe_kernels.backends import array, machine
 
 
 def unavailable(q: Tensor) -> str | None:
@@ -31,8 +31,8 @@ def forward(
     *options: Any,  # scale, window, dropout_p, seed, offset
 ) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    arrays = [_array(x) for x in (q, k, v, log_theta, cu_seqlens, out, lse)]
-    _C.attention_forward(*arrays, *options, **_machine())
+    arrays = [array(x) for x in (q, k, v, log_theta, cu_seqlens, out, lse)]
+    _C.attention_forward(*arrays, *options, **machine())
     return out, lse
 
 
@@ -50,18 +50,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     dq, dk, dv = (torch.empty_like(q) for _ in range(3))
     dlog_theta = None if log_theta is None else torch.empty_like(log_theta)
-    arrays = [_array(x) for x in (grad_out, q, k, v, log_theta, cu_seqlens, out, lse, dq, dk, dv, dlog_theta)]
-    _C.attention_backward(*arrays, *options, **_machine())
+    arrays = [array(x) for x in (grad_out, q, k, v, log_theta, cu_seqlens, out, lse, dq, dk, dv, dlog_theta)]
+    _C.attention_backward(*arrays, *options, **machine())
     return dq, dk, dv, dlog_theta
-
-
-def _array(x: Tensor | None) -> Any:
-    if x is None:
-        return None
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy(
-        force=True
-    )  # its own memory, whatever autograd says
-
-
-def _machine() -> dict[str, Any]:
-    return {"threads": torch.get_num_threads(), "isa": os.environ.get("CAFE_KERNELS_ISA", "auto")}

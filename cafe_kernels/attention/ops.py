@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ["cpu", "triton"]
 OPTIONS = "SymInt max_seqlen, float scale, SymInt window, float dropout_p, SymInt seed, SymInt offset, str backend"
 INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_theta, Tensor cu_seqlens"
 

@@ -6,16 +6,12 @@
 
 s = h . E[positive], s_k = h . E[negative k]. No tensor of (tokens, K, d) is ever made, and the table's gradient can be sparse: a
 row for each distinct item drawn.
-
-One rule chooses the backend: the argument, else CAFE_KERNELS_BACKEND, else `triton` for tensors on a GPU, `cpu` for float32
-and bfloat16 on the CPU, and `reference` for everything else.
 """
-
-import os
 
 import torch
 from torch import Tensor
 
+from cafe_kernels.backends import choose_backend
 from cafe_kernels.losses import ops, reference
 
 __all__ = ["gbce", "sampled_bce", "sampled_softmax"]
@@ -151,26 +147,6 @@ def sampled_softmax(
     )  # fmt: skip
 
 
-def choose_backend(h: Tensor, table: Tensor, backend: str | None) -> str:
-    """The backend that will run, or a ValueError that says why it cannot."""
-    name = backend or os.environ.get("CAFE_KERNELS_BACKEND") or None
-    if name is None:
-        fast = "triton" if h.is_cuda else "cpu"
-        return "reference" if _unavailable(fast, h, table) else fast
-    if name != "reference" and name not in ops.BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: expected reference, {', '.join(ops.BACKENDS)}")
-    if name != "reference" and (reason := _unavailable(name, h, table)):
-        raise ValueError(f"backend {name!r} cannot run: {reason}")
-    return name
-
-
-def _unavailable(name: str, h: Tensor, table: Tensor) -> str | None:
-    try:
-        return ops.backend_module(name).unavailable(h, table)
-    except ImportError as error:  # triton has no wheels for some platforms
-        return str(error)
-
-
 def _loss(
     h: Tensor,
     table: Tensor,
@@ -233,7 +209,7 @@ def _loss(
 
     positives, negatives = positives.long(), negatives.long()
     sequence, item_intent = (x if x is None else x.long() for x in (sequence, item_intent))
-    chosen = choose_backend(h, table, backend)
+    chosen = choose_backend(backend, ops.backend_module, h, table)
     if chosen == "reference":
         if h.dtype != torch.float64:
             h = h.float()

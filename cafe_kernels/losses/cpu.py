@@ -4,13 +4,11 @@ It uses up to torch.get_num_threads() threads, fewer for little work; the number
 The environment variable CAFE_KERNELS_ISA (auto, portable, avx2 or avx512) forces a code path.
 """
 
-import os
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from cafe_kernels import _C
+from cafe_kernels.backends import array, machine
 from cafe_kernels.losses.ops import parts_of
 
 
@@ -50,12 +48,12 @@ def forward(
         "negative_rows": negative_rows,
     }  # fmt: skip
     total = _C.sampled_loss(
-        **{name: _array(x) for name, x in given.items()},
+        **{name: array(x) for name, x in given.items()},
         softmax=kind == "softmax",
         positive_weight=positive_weight,
         negative_weight=negative_weight,
         parts=parts_of(h, negatives, sequence),
-        **_machine(),
+        **machine(),
     )
     return losses, h.new_tensor(total)
 
@@ -90,20 +88,9 @@ def _sum(
     """The distinct ids and their rows' sums, or (dense) a row for each of `limit`."""
     order, distinct = torch.empty_like(ids, dtype=torch.int32), torch.empty_like(ids)
     starts = ids.new_empty(len(ids) + 1)
-    count = _C.sort_ids(_array(ids), limit, _array(order), _array(distinct), _array(starts))
+    count = _C.sort_ids(array(ids), limit, array(order), array(distinct), array(starts))
     out = h.new_zeros(limit, h.shape[1]) if dense else h.new_empty(count, h.shape[1])
     given = {"h": h, "coefficients": coefficients, "rows": rows, "out": out, "targets": distinct if dense else None}
-    arrays = {name: _array(x) for name, x in given.items()}
-    _C.sum_segments(_array(order), _array(starts), count, scale=scale, **arrays, **_machine())
+    arrays = {name: array(x) for name, x in given.items()}
+    _C.sum_segments(array(order), array(starts), count, scale=scale, **arrays, **machine())
     return distinct[:count], out
-
-
-def _array(x: Tensor | None) -> Any:
-    if x is None:
-        return None
-    x = x.detach()
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
-
-
-def _machine() -> dict[str, Any]:
-    return {"threads": torch.get_num_threads(), "isa": os.environ.get("CAFE_KERNELS_ISA", "auto")}

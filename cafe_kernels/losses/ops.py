@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ["cpu", "triton"]
 INPUTS = (
     "Tensor h, Tensor table, Tensor? intents, Tensor? item_intent, Tensor positives, Tensor negatives, Tensor? sequence, "
     "Tensor? ignore, Tensor? positive_log_q, Tensor? negative_log_q"

@@ -1,13 +1,11 @@
 """`RowSparseAdam`: Adam for embedding tables of millions of rows, whose step reads and writes the rows of the gradient only.
 
 Adam: Kingma and Ba (2015); decoupled weight decay: Loshchilov and Hutter (2019). How the exact mode makes up for skipped steps:
-history.py. One rule chooses the backend: the argument, else CAFE_KERNELS_BACKEND, else `triton` for tables on a GPU, `cpu` for
-float32 and bfloat16 on the CPU, and `reference` for everything else.
+history.py.
 """
 
 import importlib
 import math
-import os
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
@@ -17,27 +15,18 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from cafe_kernels import _C
+from cafe_kernels.backends import choose_backend
 from cafe_kernels.optim import history as past
 
 __all__ = ["RowSparseAdam"]
 
-BACKENDS = {"reference": "reference", "cpu": "cpu", "triton": "triton_rows"}
+MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton_rows"}
 ON_DEVICE = ("exp_avg", "exp_avg_sq", "last_step", "history")  # of the state; the rest are numbers, kept on the CPU
 
 
-def choose_backend(table: Tensor, backend: str | None) -> ModuleType:
-    """The backend that will run, or a ValueError that says why it cannot. A backend has `unavailable` and `update`, as reference.py."""
-    name = backend or os.environ.get("CAFE_KERNELS_BACKEND") or None
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: expected {', '.join(BACKENDS)}")
-    fast = "triton" if table.is_cuda else "cpu"
-    module = importlib.import_module(f"cafe_kernels.optim.{BACKENDS[name or fast]}")
-    reason = module.unavailable(table)
-    if reason and name is None:
-        return importlib.import_module("cafe_kernels.optim.reference")
-    if reason:
-        raise ValueError(f"backend {name!r} cannot run: {reason}")
-    return module
+def backend_module(name: str) -> ModuleType:
+    """Its `update` does what reference.py's does."""
+    return importlib.import_module(f"cafe_kernels.optim.{MODULES[name]}")
 
 
 class RowSparseAdam(torch.optim.Optimizer):
@@ -113,7 +102,7 @@ class RowSparseAdam(torch.optim.Optimizer):
             _check_group(self.param_groups[-1])
             for table in self.param_groups[-1]["params"]:
                 _check_table(table)
-                choose_backend(table, self.backend)
+                choose_backend(self.backend, backend_module, table)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -165,7 +154,7 @@ class RowSparseAdam(torch.optim.Optimizer):
         first = int(state["flushed_step"]) if exact else 0
         if exact:
             _check_constants(state, beta1, beta2, eps)
-        choose_backend(table, self.backend).update(
+        backend_module(choose_backend(self.backend, backend_module, table)).update(
             table, state["exp_avg"], state["exp_avg_sq"], state.get("last_step"), state.get("history"), rows, values,
             first, step, lr, beta1, beta2, eps, decay, group["seed"],
         )  # fmt: skip

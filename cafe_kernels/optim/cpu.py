@@ -4,13 +4,13 @@ It uses up to torch.get_num_threads() threads, fewer for few rows; the numbers d
 The environment variable CAFE_KERNELS_ISA (auto, portable, avx2 or avx512) forces a code path.
 """
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cafe_kernels import _C
+from cafe_kernels.backends import array, machine
 
 
 def unavailable(table: Tensor) -> str | None:
@@ -23,13 +23,5 @@ def unavailable(table: Tensor) -> str | None:
 
 def update(*arguments: Any) -> None:
     """See reference.update."""
-    arrays = [_array(x) for x in arguments[:7]]
-    machine: dict[str, Any] = {"threads": torch.get_num_threads(), "isa": os.environ.get("CAFE_KERNELS_ISA", "auto")}
-    _C.adam_rows(*arrays, *arguments[7:], **machine)
-
-
-def _array(x: Tensor | None) -> Any:
-    if x is None:
-        return None
-    x = x.detach()
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    arrays = [array(x) for x in arguments[:7]]
+    _C.adam_rows(*arrays, *arguments[7:], **machine())

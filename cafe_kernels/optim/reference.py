@@ -14,10 +14,6 @@ from cafe_kernels.optim import history as past
 STREAM = 2  # csrc/philox.h: kOptimizerStream
 
 
-def unavailable(table: Tensor) -> str | None:
-    return None
-
-
 def update(
     table: Tensor,
     exp_avg: Tensor,

@@ -12,120 +12,112 @@ import math
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from cafe_kernels.optim import history as past
 
-try:
-    import triton
-    import triton.language as tl
 
-    INSTALLED = True
-except ImportError:
-    INSTALLED = False
+@triton.jit
+def _store(x, at, value, mask, position, step, seed, STOCHASTIC: tl.constexpr):
+    """To bfloat16 up with the probability that makes the expectation `value`: reference.py's _round."""
+    if STOCHASTIC and x.dtype.element_ty == tl.bfloat16:
+        column = tl.arange(0, value.shape[0])
+        place = position + column // 4
+        low, high = (place & 0xFFFFFFFF).to(tl.uint32), (place >> 32).to(tl.uint32)
+        zero = low * 0
+        word0, word1, _, _ = tl.philox(seed, low, high, zero + step.to(tl.uint32), zero + 2)
+        word = tl.where(column % 4 < 2, word0, word1)
+        random = (word >> (16 * (column % 2)).to(tl.uint32)) & 0xFFFF
+        bits = (value.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
+        rounded = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+        tl.store(x + at, rounded.to(tl.bfloat16), mask=mask)
+    else:
+        tl.store(x + at, value.to(x.dtype.element_ty), mask=mask)
 
 
-if INSTALLED:
+@triton.jit
+def _skipped(p, m, v, s, now, first, history, log_beta1, log_beta2, eps, NEGLIGIBLE: tl.constexpr):
+    """The steps s + 1 ... now of a row whose gradient was zero in them."""
+    root = tl.sqrt(v)
+    log_decay = tl.load(history + (now - first) * 8 + 5)
+    at = s
+    rho = tl.exp(0.0 * log_decay)  # 1, in float64
+    while (at < now) & (s > 0) & (rho > NEGLIGIBLE):
+        h = history + (at - first) * 8
+        end = tl.minimum(tl.load(h + 6), now.to(tl.float64)).to(tl.int64)
+        k = (at - s).to(tl.float64)
+        half = tl.exp(0.5 * k * log_beta2)
+        rho = tl.exp(k * log_beta1) / half
+        m0 = tl.load(h)
+        if (m0 > 0) & (rho > NEGLIGIBLE):
+            mean = tl.load(h + 1) / m0
+            a2 = tl.load(h + 2) / (m0 * mean * mean)
+            a3 = tl.load(h + 3) / (m0 * mean * mean * mean)
+            a4 = tl.load(h + 4) / (m0 * mean * mean * mean * mean)
+            weight = m0 * rho * tl.exp(log_decay - tl.load(history + (end - first) * 8 + 5))
+            c2 = (a2 - 1).to(tl.float32)
+            c3 = (a3 - 3 * a2 + 2).to(tl.float32)
+            c4 = (a4 - 4 * a3 + 6 * a2 - 3).to(tl.float32)
+            e = (eps * mean / half).to(tl.float32)
+            inverse = 1 / (root + e)
+            z = e * inverse
+            p -= weight.to(tl.float32) * m * inverse * (1 + z * z * (c2 - z * (c3 - z * c4)))
+        at = end
+    return p, at
 
-    @triton.jit
-    def _store(x, at, value, mask, position, step, seed, STOCHASTIC: tl.constexpr):
-        """To bfloat16 up with the probability that makes the expectation `value`: reference.py's _round."""
-        if STOCHASTIC and x.dtype.element_ty == tl.bfloat16:
-            column = tl.arange(0, value.shape[0])
-            place = position + column // 4
-            low, high = (place & 0xFFFFFFFF).to(tl.uint32), (place >> 32).to(tl.uint32)
-            zero = low * 0
-            word0, word1, _, _ = tl.philox(seed, low, high, zero + step.to(tl.uint32), zero + 2)
-            word = tl.where(column % 4 < 2, word0, word1)
-            random = (word >> (16 * (column % 2)).to(tl.uint32)) & 0xFFFF
-            bits = (value.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
-            rounded = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
-            tl.store(x + at, rounded.to(tl.bfloat16), mask=mask)
-        else:
-            tl.store(x + at, value.to(x.dtype.element_ty), mask=mask)
 
-    @triton.jit
-    def _skipped(p, m, v, s, now, first, history, log_beta1, log_beta2, eps, NEGLIGIBLE: tl.constexpr):
-        """The steps s + 1 ... now of a row whose gradient was zero in them."""
-        root = tl.sqrt(v)
-        log_decay = tl.load(history + (now - first) * 8 + 5)
-        at = s
-        rho = tl.exp(0.0 * log_decay)  # 1, in float64
-        while (at < now) & (s > 0) & (rho > NEGLIGIBLE):
-            h = history + (at - first) * 8
-            end = tl.minimum(tl.load(h + 6), now.to(tl.float64)).to(tl.int64)
-            k = (at - s).to(tl.float64)
-            half = tl.exp(0.5 * k * log_beta2)
-            rho = tl.exp(k * log_beta1) / half
-            m0 = tl.load(h)
-            if (m0 > 0) & (rho > NEGLIGIBLE):
-                mean = tl.load(h + 1) / m0
-                a2 = tl.load(h + 2) / (m0 * mean * mean)
-                a3 = tl.load(h + 3) / (m0 * mean * mean * mean)
-                a4 = tl.load(h + 4) / (m0 * mean * mean * mean * mean)
-                weight = m0 * rho * tl.exp(log_decay - tl.load(history + (end - first) * 8 + 5))
-                c2 = (a2 - 1).to(tl.float32)
-                c3 = (a3 - 3 * a2 + 2).to(tl.float32)
-                c4 = (a4 - 4 * a3 + 6 * a2 - 3).to(tl.float32)
-                e = (eps * mean / half).to(tl.float32)
-                inverse = 1 / (root + e)
-                z = e * inverse
-                p -= weight.to(tl.float32) * m * inverse * (1 + z * z * (c2 - z * (c3 - z * c4)))
-            at = end
-        return p, at
-
-    @triton.jit
-    def adam_rows(
-        table, exp_avg, exp_avg_sq, last_step, history, rows, order, values, n, first, step,
-        beta1, beta2, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, decay, size, step_eps, seed,
-        dim: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr, EXACT: tl.constexpr, STOCHASTIC: tl.constexpr,
-        NEGLIGIBLE: tl.constexpr,
-    ):  # fmt: skip
-        i = tl.program_id(0).to(tl.int64)
-        row = tl.load(rows + i)
-        step = step.to(tl.int64)
-        now = step - 1 if GRADIENT else step
-        before = tl.load(rows + i - 1, mask=i > 0, other=-1)
-        s = now
+@triton.jit
+def adam_rows(
+    table, exp_avg, exp_avg_sq, last_step, history, rows, order, values, n, first, step,
+    beta1, beta2, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, decay, size, step_eps, seed,
+    dim: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr, EXACT: tl.constexpr, STOCHASTIC: tl.constexpr,
+    NEGLIGIBLE: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + i)
+    step = step.to(tl.int64)
+    now = step - 1 if GRADIENT else step
+    before = tl.load(rows + i - 1, mask=i > 0, other=-1)
+    s = now
+    if EXACT:
+        s = tl.load(last_step + row).to(tl.int64)
+    if (row != before) & (GRADIENT | (s < now)):
+        column = tl.arange(0, BLOCK)
+        mask = column < dim
+        at = row * dim + column
+        p = tl.load(table + at, mask=mask, other=0).to(tl.float32)
+        m = tl.load(exp_avg + at, mask=mask, other=0).to(tl.float32)
+        v = tl.load(exp_avg_sq + at, mask=mask, other=0).to(tl.float32)
         if EXACT:
-            s = tl.load(last_step + row).to(tl.int64)
-        if (row != before) & (GRADIENT | (s < now)):
-            column = tl.arange(0, BLOCK)
-            mask = column < dim
-            at = row * dim + column
-            p = tl.load(table + at, mask=mask, other=0).to(tl.float32)
-            m = tl.load(exp_avg + at, mask=mask, other=0).to(tl.float32)
-            v = tl.load(exp_avg_sq + at, mask=mask, other=0).to(tl.float32)
-            if EXACT:
-                gap = (now - s).to(tl.float64)
-                log_decay = tl.load(history + (now - first) * 8 + 5) - tl.load(history + (s - first) * 8 + 5)
-                p *= tl.exp(log_decay).to(tl.float32)
-                p, _ = _skipped(p, m, v, s, now, first, history, log_beta1, log_beta2, eps, NEGLIGIBLE)
-                power = tl.exp(gap * log_beta1)
-                m *= tl.where(power < 1e-20, 0.0, power).to(tl.float32)
-                v *= tl.exp(gap * log_beta2).to(tl.float32)
-            if GRADIENT:
-                g = tl.zeros([BLOCK], tl.float32)
-                j = i
-                other = row
-                while other == row:
-                    g += tl.load(values + tl.load(order + j) * dim + column, mask=mask, other=0).to(tl.float32)
-                    j += 1
-                    other = tl.load(rows + j, mask=j < n, other=-1)
-                m += (g - m) * one_minus_beta1
-                v = v * beta2 + g * g * one_minus_beta2
-                p = p * decay - size * m / (tl.sqrt(v) + step_eps)
-            quads = (dim + 15) // 16 * 4
-            _store(table, at, p, mask, row * 3 * quads, step, seed, STOCHASTIC)
-            _store(exp_avg, at, m, mask, row * 3 * quads + quads, step, seed, STOCHASTIC)
-            _store(exp_avg_sq, at, v, mask, row * 3 * quads + 2 * quads, step, seed, STOCHASTIC)
-            if EXACT:
-                tl.store(last_step + row, step.to(tl.int32))
+            gap = (now - s).to(tl.float64)
+            log_decay = tl.load(history + (now - first) * 8 + 5) - tl.load(history + (s - first) * 8 + 5)
+            p *= tl.exp(log_decay).to(tl.float32)
+            p, _ = _skipped(p, m, v, s, now, first, history, log_beta1, log_beta2, eps, NEGLIGIBLE)
+            power = tl.exp(gap * log_beta1)
+            m *= tl.where(power < 1e-20, 0.0, power).to(tl.float32)
+            v *= tl.exp(gap * log_beta2).to(tl.float32)
+        if GRADIENT:
+            g = tl.zeros([BLOCK], tl.float32)
+            j = i
+            other = row
+            while other == row:
+                g += tl.load(values + tl.load(order + j) * dim + column, mask=mask, other=0).to(tl.float32)
+                j += 1
+                other = tl.load(rows + j, mask=j < n, other=-1)
+            m += (g - m) * one_minus_beta1
+            v = v * beta2 + g * g * one_minus_beta2
+            p = p * decay - size * m / (tl.sqrt(v) + step_eps)
+        quads = (dim + 15) // 16 * 4
+        _store(table, at, p, mask, row * 3 * quads, step, seed, STOCHASTIC)
+        _store(exp_avg, at, m, mask, row * 3 * quads + quads, step, seed, STOCHASTIC)
+        _store(exp_avg_sq, at, v, mask, row * 3 * quads + 2 * quads, step, seed, STOCHASTIC)
+        if EXACT:
+            tl.store(last_step + row, step.to(tl.int32))
 
 
 def unavailable(table: Tensor) -> str | None:
-    if not INSTALLED:
-        return "triton is not installed"
     interpreted = not isinstance(adam_rows, triton.JITFunction)
     if not (table.is_cuda or interpreted):
         return f"it runs on a GPU, the table is on {table.device}"
@@ -194,7 +186,7 @@ def compile_cases() -> list[dict[str, Any]]:
                     {
                         "name": f"adam_rows {name} {dtype}, moments {moments}, dim {dim}",
                         "kernel": adam_rows,
-                        "signature": signature,
+                        "signature": signature | dict.fromkeys(constexprs, "constexpr"),
                         "constexprs": constexprs,
                         "num_warps": 1,
                         "num_stages": 1,

@@ -6,7 +6,6 @@ The answer is unique and the same on every backend: see reference.py for what a 
 the bounds. An index is built once for a table; the functions build one for a call.
 """
 
-import os
 from functools import cached_property
 from importlib import import_module
 from types import ModuleType
@@ -15,12 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cafe_kernels.backends import choose_backend
 from cafe_kernels.topk import cpu, reference
 
 __all__ = ["TopK", "TopKIndex", "joint_topk", "topk_inner_product"]
 
-BACKENDS = {"cpu": "cpu", "triton": "triton_topk"}
+MODULES = {"cpu": "cpu", "triton": "triton_topk"}
 LARGEST_SCORE = 1e37  # |user| |item|: beyond it float32 may overflow
+
+
+def backend_module(name: str) -> ModuleType:
+    """Imported when needed: triton is not everywhere."""
+    return import_module(f"cafe_kernels.topk.{MODULES[name]}")
 
 
 class TopK(NamedTuple):
@@ -81,7 +86,7 @@ class TopKIndex:
         if not self.largest_norm < torch.inf:
             raise ValueError("the table has numbers that are not finite, or too large for float32: cannot rank by it")
         self.table, self.item_intent = table.contiguous(), item_intent.contiguous()
-        self.backend = _choose_backend(table, backend)
+        self.backend = choose_backend(backend, backend_module, table)
 
     @cached_property
     def _codes(self) -> Any:
@@ -116,7 +121,7 @@ class TopKIndex:
             pairs = max(1, len(user) * len(self.table))
             return TopK(items, scores, work[0] / pairs, work[1] / pairs)
         if self.backend == "triton":
-            triton_search, norm = _backend("triton").search, self.largest_norm
+            triton_search, norm = backend_module("triton").search, self.largest_norm
             items, scores = triton_search(user, self.table, self.item_intent, intent_scores, join, k, exclude, norm)
         else:
             items, scores = reference.search(user, self.table, self.item_intent, intent_scores, join, k, exclude)
@@ -248,20 +253,3 @@ def topk_inner_product(
         tensor([[6.]])
     """
     return TopKIndex(table, backend=backend).search(user, k, exclude=exclude)
-
-
-def _backend(name: str) -> ModuleType:
-    """Imported when needed: triton is not everywhere."""
-    return import_module(f"cafe_kernels.topk.{BACKENDS[name]}")
-
-
-def _choose_backend(table: Tensor, backend: str | None) -> str:
-    name = backend or os.environ.get("CAFE_KERNELS_BACKEND") or None
-    if name is None:
-        fast = "triton" if table.is_cuda else "cpu"
-        return "reference" if _backend(fast).unavailable(table) else fast
-    if name != "reference" and name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: expected reference, {', '.join(BACKENDS)}")
-    if name != "reference" and (reason := _backend(name).unavailable(table)):
-        raise ValueError(f"backend {name!r} cannot run: {reason}")
-    return name

@@ -3,7 +3,6 @@
 It uses torch.get_num_threads() threads. CAFE_KERNELS_ISA (auto, portable, avx2 or avx512) forces a code path.
 """
 
-import os
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cafe_kernels import _C
+from cafe_kernels.backends import machine
 
 BLOCK = 16  # items side by side, as kBlock of csrc/topk.cpp
 SMALLEST, LARGEST = 64, 4096  # items of a group: smaller intents share one, larger ones are cut
@@ -48,7 +48,7 @@ def search(
     exclude: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
     items, scores = np.empty((len(user), k), np.int64), np.empty((len(user), k), np.float32)
-    work = index.search(*_arguments(user, intent_scores, join), k, *_csr(exclude), items, scores, **_machine())
+    work = index.search(*_arguments(user, intent_scores, join), k, *_csr(exclude), items, scores, **machine())
     return torch.from_numpy(items), torch.from_numpy(scores), work
 
 
@@ -62,7 +62,7 @@ def count_above(
 ) -> tuple[Tensor, tuple[int, int]]:
     counts = np.empty((2, len(user)), np.int64)
     arguments = _arguments(user, intent_scores, join)
-    work = index.count_above(*arguments, answers.contiguous().numpy(), *_csr(exclude), counts, **_machine())
+    work = index.count_above(*arguments, answers.contiguous().numpy(), *_csr(exclude), counts, **machine())
     return torch.from_numpy(counts), work
 
 
@@ -107,7 +107,3 @@ def _csr(exclude: tuple[Tensor, Tensor] | None) -> tuple[Any, Any]:
     if exclude is None:
         return None, None
     return exclude[0].long().contiguous().numpy(), exclude[1].int().contiguous().numpy()
-
-
-def _machine() -> dict[str, Any]:
-    return {"threads": torch.get_num_threads(), "isa": os.environ.get("CAFE_KERNELS_ISA", "auto")}

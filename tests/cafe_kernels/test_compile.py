@@ -1,10 +1,7 @@
 """The offline compiler: known faults are flagged, known traffic is counted, and the library's own kernels break no rule."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from cafe_kernels import compile as offline
 from cafe_kernels.compile import Resources, Row, occupancy, violations
 from cafe_kernels.traffic import Traffic, count_traffic
 from tests.cafe_kernels.toy_kernels import llvm_waves
+from tests.interpreter import run_python
 
 TOYS = "tests.cafe_kernels.toy_kernels"
 
@@ -95,14 +93,7 @@ from {TOYS} import run_counting, run_product
 counted = count_traffic(lambda: [run_counting(), run_product(), run_counting()])
 print({{name: vars(traffic) for name, traffic in counted.items()}})
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    counted = eval(done.stdout)
+    counted = eval(run_python("-c", code))
     assert list(counted) == ["counting", "product"]
     # 16 indices, and 8 counts of which two lanes each read and write.
     assert Traffic(**counted["counting"]) == Traffic(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cafe_kernels import _C
 from cafe_kernels.attention import distance_attention, ops
 
-ISAS = ["portable", "avx2", "avx512"]
+pytestmark = pytest.mark.usefixtures("threads")
 LENGTHS = [0, 1, 2, 9, 50, 63, 64, 65, 111, 300]
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2**-6}
 OPTIONS = {
@@ -27,25 +27,6 @@ OPTIONS = {
     "both": {"window": 200, "dropout_p": 0.5, "seed": 1, "scale": 0.2},
 }
 NAMES = ["out", "dq", "dk", "dv", "dlog_theta"]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    """Forces a code path, where the CPU has it."""
-    try:
-        _C.philox_bits(0, 0, 0, 0, 1, request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    monkeypatch.setenv("CAFE_KERNELS_ISA", request.param)
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """One thread but where a test sets another number: small problems, and perhaps other processes on this machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def packed(lengths, heads, dim, dtype=torch.float32, seed=0):

@@ -6,9 +6,6 @@ n = 1,000, lr = 1e-2 and weights of size 1 that is 2e-6 of a weight. dense Adam 
 
 import copy
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,28 +16,10 @@ from hypothesis import strategies as st
 from cafe_kernels import _C
 from cafe_kernels.optim import RowSparseAdam
 from cafe_kernels.optim import history as past
+from tests.interpreter import INTERPRETED, check_compile_cases, run_python
 
-ISAS = ["portable", "avx2", "avx512"]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.usefixtures("threads")
 RELATIVE = 1e-5  # of a weight of size 1
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    """Forces a code path, where the CPU has it."""
-    try:
-        _C.philox_bits(0, 0, 0, 0, 1, request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    monkeypatch.setenv("CAFE_KERNELS_ISA", request.param)
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def gradients(v, d, steps, rows=4, scale=1e-3, seed=0):
@@ -589,11 +568,9 @@ def test_triton_in_the_interpreter():
     pytest.importorskip("triton")
     if INTERPRETED:
         pytest.skip("it is on already")
-    command = [sys.executable, "-m", "pytest", "-v", "-k", "interpreted", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "passed" in done.stdout
-    assert "skipped" not in done.stdout
+    printed = run_python("-m", "pytest", "-v", "-k", "interpreted", __file__)
+    assert "passed" in printed
+    assert "skipped" not in printed
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_triton_in_the_interpreter")
@@ -617,3 +594,12 @@ def test_interpreted_bfloat16(moments):
         results.append(w.detach().float())
     assert (results[0] == results[1]).float().mean() > 0.99
     torch.testing.assert_close(*results, rtol=2**-6, atol=1e-3)
+
+
+def test_compile_cases_fit_their_kernels():
+    pytest.importorskip("triton")
+    if INTERPRETED:
+        pytest.skip("the interpreter's kernels do not list their arguments")
+    from cafe_kernels.optim.triton_rows import compile_cases
+
+    check_compile_cases(compile_cases())

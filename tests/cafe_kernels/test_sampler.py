@@ -22,7 +22,6 @@ from cafe_kernels import _C, AliasSampler
 from cafe_kernels.sampling import reference
 
 P_VALUE = 1e-4
-ISAS = ["portable", "avx2", "avx512"]
 
 
 def zipf(n, exponent=1.0, seed=0):
@@ -43,17 +42,6 @@ def p_value(observed, expected):
     keep = expected > 0
     assert observed[~keep].sum() == 0
     return stats.chisquare(observed[keep], expected[keep]).pvalue
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    """Forces a code path, where the CPU has it."""
-    try:
-        _C.philox_bits(0, 0, 0, 0, 1, request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    monkeypatch.setenv("CAFE_KERNELS_ISA", request.param)
-    return request.param
 
 
 # The test vectors published with Random123 (kat_vectors: philox4x32 10).

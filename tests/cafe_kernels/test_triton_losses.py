@@ -1,37 +1,22 @@
-"""The Triton losses in Triton's interpreter against the reference. Triton looks at TRITON_INTERPRET when it is imported, so the tests
-run in a process of their own."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The Triton losses in Triton's interpreter against the reference, in a process of their own (tests/interpreter.py)."""
 
 import pytest
 import torch
 
+from tests.interpreter import INTERPRETED, check_compile_cases, run_python
+
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOSSES, SHARING = ("bce", "gbce", "softmax"), ("token", "sequence", "batch")
 
 if not INTERPRETED:
 
     def test_in_the_interpreter():
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", str(Path(__file__).resolve())]
-        run = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+        run_python("-m", "pytest", "-x", __file__)
 
     def test_compile_cases_fit_their_kernels():
         from cafe_kernels.losses.triton_losses import compile_cases
 
-        cases = compile_cases()
-        assert len({case["name"] for case in cases}) == len(cases)
-        for case in cases:
-            assert list(case["signature"]) == case["kernel"].arg_names
-            constant = {name for name, kind in case["signature"].items() if kind == "constexpr"}
-            assert constant == case["constexprs"].keys()
-            from_annotations = {p.name for p in case["kernel"].params if p.is_constexpr}
-            assert from_annotations <= constant
+        check_compile_cases(compile_cases())
 
     def test_a_cpu_tensor_is_refused():
         from cafe_kernels import sampled_bce
@@ -40,8 +25,7 @@ if not INTERPRETED:
             sampled_bce(torch.zeros(2, 4), torch.zeros(9, 4), torch.arange(2), torch.arange(3), backend="triton")
 
 else:
-    sys.path.insert(0, str(Path(__file__).parent))
-    from test_losses import case, check, compute
+    from tests.cafe_kernels.test_losses import case, check, compute
 
     @pytest.mark.parametrize("sharing", SHARING)
     @pytest.mark.parametrize("name", LOSSES)

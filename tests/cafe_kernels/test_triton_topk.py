@@ -1,14 +1,12 @@
 """The Triton backend of exact top-k in Triton's interpreter (on a GPU where there is one): the brute force's answer to the bit.
 
-The interpreter must be asked for before triton is imported, so the cases run in a process of their own.
+The cases run in a process of their own: see tests/interpreter.py.
 """
-
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+
+from tests.interpreter import check_compile_cases, run_python
 
 CASES = """
 import torch
@@ -44,19 +42,12 @@ print("all the same")
 
 
 def test_same_as_brute_force() -> None:
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    if not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "1"
-    done = subprocess.run([sys.executable, "-c", CASES], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "all the same" in done.stdout
+    assert "all the same" in run_python("-c", CASES, interpreted=not torch.cuda.is_available())
 
 
-def test_compile_cases_name_every_argument() -> None:
+def test_compile_cases_fit_their_kernels() -> None:
     pytest.importorskip("triton")
     from cafe_kernels.topk.triton_topk import compile_cases
 
-    for case in compile_cases():
-        assert list(case["signature"]) == list(case["kernel"].arg_names)
-        assert {name for name, kind in case["signature"].items() if kind == "constexpr"} == case["constexprs"].keys()
-    assert len({case["name"] for case in compile_cases()}) == len(compile_cases()) == 6
+    check_compile_cases(compile_cases())
+    assert len(compile_cases()) == 6
