@@ -37,7 +37,11 @@ from typing import Any
 
 from cafe_kernels.traffic import Traffic, count_traffic
 
-MODULES: list[str] = []  # every module of the library with compile_cases(), which a test checks
+MODULES = [  # every module of the library with compile_cases(), which a test checks
+    "cafe_kernels.losses.triton_losses",
+    "cafe_kernels.optim.triton_rows",
+    "cafe_kernels.topk.triton_topk",
+]
 BYTES_BOUND = 1.1
 REGISTERS_PER_LANE, REGISTER_GRANULE, SCHEDULERS, MAX_GROUPS = 512, 8, 4, 32  # a multiprocessor of any target below
 
