@@ -1,0 +1,111 @@
+"""What the short and the long Triton kernels share: the bias of a block, its gradient, dropout's mask, the cases to compile.
+
+Logits are kept in base 2: exp2 is one instruction on a GPU, exp is two.
+"""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+REDUCED = 16  # distances that one program of the last reduction sums
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@triton.jit
+def load(rows, count, column, stride, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """BLOCK rows and the columns `column`, zero from row `count` and column HEAD_DIM on. `rows` points at the first."""
+    i = tl.arange(0, BLOCK)[:, None]
+    mask = (i < count) & (column < HEAD_DIM)[None, :]
+    return tl.load(rows + (i * stride + column[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def store(rows, value, count, column, stride, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    i = tl.arange(0, BLOCK)[:, None]
+    mask = (i < count) & (column < HEAD_DIM)[None, :]
+    tl.store(rows + (i * stride + column[None, :]), value.to(rows.dtype.element_ty), mask)
+
+
+@triton.jit
+def dot(a, b, accumulator=None):
+    return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def toeplitz(log_theta, distance, distances, BLOCK: tl.constexpr):
+    """(BLOCK, BLOCK) of log_theta[distance + i - j] in base 2, zero outside the table. One vector of 2 BLOCK numbers is loaded and
+    spread on the chip."""
+    t = distance - BLOCK + tl.arange(0, 2 * BLOCK)
+    row = tl.load(log_theta + t, mask=(t >= 0) & (t < distances), other=0.0) * LOG2_E
+    index = BLOCK + tl.arange(0, BLOCK)[:, None] - tl.arange(0, BLOCK)[None, :]
+    return tl.gather(tl.broadcast_to(row[None, :], BLOCK, 2 * BLOCK), index, 1)
+
+
+@triton.jit
+def diagonal_sums(x, BLOCK: tl.constexpr):
+    """Of x (BLOCK, BLOCK): the sums over i - j = u, and over i - j = u - BLOCK, for u = 0 ... BLOCK - 1."""
+    i, u = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    skewed = tl.gather(x, (i + u + 1) & (BLOCK - 1), 1)
+    same = i + u >= BLOCK - 1
+    return tl.sum(tl.where(same, skewed, 0.0), 0), tl.sum(tl.where(same, 0.0, skewed), 0)
+
+
+@triton.jit
+def keep_bits(token, head, quad, seed, offset, threshold, BLOCK: tl.constexpr):
+    """Dropout's mask (reference.dropout_keep) of query tokens `token` and the BLOCK <= 64 key positions from 4 * quad on:
+    bit b of a token's word says whether the weight of position 4 * quad + b is kept."""
+    c2, c3 = (offset & 0xFFFFFFFF).to(tl.uint32), (offset >> 32).to(tl.uint32)
+    t = threshold.to(tl.uint32)
+    bits = token.to(tl.uint64) * 0
+    for position in range(0, BLOCK, 16):  # a loop, and not one wide tile, for the sake of registers
+        step = tl.arange(0, 4)[None, :]
+        c0 = head * 65536 + quad + position // 4 + step
+        w0, w1, w2, w3 = tl.philox(seed, c0, token[:, None], c2, c3)
+        four = (w0 >= t).to(tl.int32) | (w1 >= t).to(tl.int32) << 1 | (w2 >= t).to(tl.int32) << 2 | (w3 >= t).to(tl.int32) << 3
+        bits |= tl.sum(four << (4 * step), 1).to(tl.uint64) << position
+    return bits
+
+
+@triton.jit
+def from_column(first, BLOCK: tl.constexpr):
+    """The mask j >= first[i], (BLOCK, BLOCK). In two steps, j = a + b: a is a constant for each register, which j is not."""
+    a, b = 8 * tl.arange(0, BLOCK // 8)[None, :, None], tl.arange(0, 8)[None, None, :]
+    return tl.reshape(a >= first[:, None, None] - b, BLOCK, BLOCK)
+
+
+@triton.jit
+def kept(bits, BLOCK: tl.constexpr):
+    """The bits of every row as a mask (BLOCK, BLOCK); in two steps, as from_column."""
+    a, b = 8 * tl.arange(0, BLOCK // 8)[None, :, None], tl.arange(0, 8)[None, None, :].to(tl.uint32)
+    low, high = bits.to(tl.uint32)[:, None, None] >> b, (bits >> 32).to(tl.uint32)[:, None, None] >> b
+    return tl.reshape((tl.where(a < 32, low, high) >> (a & 31).to(tl.uint32)) & 1 != 0, BLOCK, BLOCK)
+
+
+@triton.jit
+def _reduce(partial, dlog_theta, programs, heads, width, distances, REDUCED: tl.constexpr):
+    """dlog_theta (heads, distances) = the sum of partial (programs, heads, width) over programs, always in the same order."""
+    head, t = tl.program_id(1), tl.program_id(0) * REDUCED + tl.arange(0, REDUCED)
+    total = tl.zeros((64, REDUCED), tl.float32)
+    for first in range(0, programs, 64):
+        p = first + tl.arange(0, 64)
+        row = partial + (p[:, None].to(tl.int64) * heads + head) * width + t[None, :]
+        total += tl.load(row, mask=(p < programs)[:, None] & (t < width)[None, :], other=0.0)
+    tl.store(dlog_theta + head * distances + t, tl.sum(total, 0), mask=t < distances)
+
+
+def reduce(partial: Tensor, dlog_theta: Tensor) -> None:
+    programs, heads, width = partial.shape
+    grid = triton.cdiv(dlog_theta.shape[1], REDUCED), heads
+    _reduce[grid](partial, dlog_theta, programs, heads, width, dlog_theta.shape[1], REDUCED=REDUCED)
+
+
+def dropout(dropout_p: float) -> tuple[int, float]:
+    """What a word must reach to be kept, and the factor of what is kept."""
+    return min(round(dropout_p * 2**32), 2**32 - 1), 1 / (1 - dropout_p)
