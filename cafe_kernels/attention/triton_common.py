@@ -3,7 +3,6 @@
 Logits are kept in base 2: exp2 is one instruction on a GPU, exp is two.
 """
 
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -15,7 +14,16 @@ from torch import Tensor
 LOG2_E = tl.constexpr(1.4426950408889634)
 REDUCED = 16  # distances that one program of the last reduction sums
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
+WIDTHS_TYPES_EXTRAS = list(product((16, 64, 128, 256), ITEMSIZE, (False, True)))  # of compile_cases; extras: mask, dropout
+UNSPECIALIZED = ["total", "share", "longest", "window", "threshold", "seed", "offset"]  # change from batch to batch
+ARGUMENTS = {
+    "i32": "total share heads distances window sequences programs width longest blocks",
+    "i64": "threshold seed offset",
+    "fp32": "scale keep_scale",
+    "*i32": "cu_seqlens starts",
+    "*fp32": "log_theta lse delta partial dlog_theta",
+}
 
 
 @triton.jit
@@ -61,6 +69,7 @@ def diagonal_sums(x, BLOCK: tl.constexpr):
 def keep_bits(token, head, quad, seed, offset, threshold, BLOCK: tl.constexpr):
     """Dropout's mask (reference.dropout_keep) of query tokens `token` and the BLOCK <= 64 key positions from 4 * quad on:
     bit b of a token's word says whether the weight of position 4 * quad + b is kept."""
+    offset = offset.to(tl.int64)
     c2, c3 = (offset & 0xFFFFFFFF).to(tl.uint32), (offset >> 32).to(tl.uint32)
     t = threshold.to(tl.uint32)
     bits = token.to(tl.uint64) * 0
@@ -100,12 +109,27 @@ def _reduce(partial, dlog_theta, programs, heads, width, distances, REDUCED: tl.
     tl.store(dlog_theta + head * distances + t, tl.sum(total, 0), mask=t < distances)
 
 
-def reduce(partial: Tensor, dlog_theta: Tensor) -> None:
+def reduce(partial: Tensor, dlog_theta: Tensor) -> Tensor:
     programs, heads, width = partial.shape
     grid = triton.cdiv(dlog_theta.shape[1], REDUCED), heads
     _reduce[grid](partial, dlog_theta, programs, heads, width, dlog_theta.shape[1], REDUCED=REDUCED)
+    return dlog_theta
 
 
 def dropout(dropout_p: float) -> tuple[int, float]:
     """What a word must reach to be kept, and the factor of what is kept."""
     return min(round(dropout_p * 2**32), 2**32 - 1), 1 / (1 - dropout_p)
+
+
+def case(name: str, kernel: Any, constants: dict[str, Any], dtype: str = "fp32") -> dict[str, Any]:
+    """A line of compile_cases: what triton.compile needs to know of a kernel. `attrs`: tensors begin at multiples of 16 bytes."""
+    types = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
+    options = {key: constants[key] for key in ("num_warps", "num_stages") if key in constants}
+    fixed = {key: value for key, value in constants.items() if key not in options}
+    if not fixed.get("HAS_BIAS", True):
+        fixed |= {name: None for name in ("log_theta", "partial") if name in kernel.arg_names}
+    signature = {x: "constexpr" if x in fixed else types.get(x, f"*{dtype}") for x in kernel.arg_names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    made = {"name": name, "kernel": kernel, "signature": signature, "constexprs": fixed, "attrs": attrs, "dtype": dtype}
+    return made | {"num_warps": 4, "num_stages": 1} | options
+

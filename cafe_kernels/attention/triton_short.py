@@ -9,6 +9,7 @@ log_theta depends on i - j alone, inside a block as well as in a sequence: its t
 sum of all tiles' gradients, whose diagonals are summed once a program.
 """
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from cafe_kernels.attention.triton_common import (
+    ITEMSIZE,
     LOG2_E,
+    UNSPECIALIZED,
+    WIDTHS_TYPES_EXTRAS,
+    case,
     diagonal_sums,
     dot,
     dropout,
@@ -31,14 +36,15 @@ from cafe_kernels.attention.triton_common import (
 )
 
 BLOCK = 64  # tokens of a block, and the longest sequence
+INTERPRETED = not isinstance(load, triton.JITFunction)
 PROGRAMS = 1024  # at most so many work on all heads together: a few times what runs at once on a large GPU
 
 
 def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
     """How the kernels are compiled. CHUNK: how many columns of q, k, v are worked on at a time."""
     columns = max(16, triton.next_power_of_2(head_dim))
-    chunk = min(columns, 32 if itemsize == 4 else 128)
-    return {"CHUNK": chunk, "num_warps": 4, "num_stages": 1}
+    chunk = min(columns, 32 if itemsize == 4 else 64)
+    return {"CHUNK": chunk, "num_warps": 8 if itemsize == 4 else 4, "num_stages": 1}
 
 
 @triton.jit
@@ -98,21 +104,20 @@ def _weights(logits, bias, first, scale, BLOCK: tl.constexpr):
     return p, largest, tl.sum(p, 1)
 
 
-@triton.jit(do_not_specialize=["total", "share", "window", "threshold", "seed", "offset"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward(
     q, k, v, log_theta, starts, out, lse,
     total, share, heads, distances, scale, window, threshold, keep_scale, seed, offset,
     HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     program, head, stride = tl.program_id(0), tl.program_id(1), heads * HEAD_DIM
-    q, k, v, out = q + head * HEAD_DIM, k + head * HEAD_DIM, v + head * HEAD_DIM, out + head * HEAD_DIM
     begin = _first_start(starts, program * share, total, BLOCK)
     last = _first_start(starts, (program + 1) * share, total, BLOCK)
     bias = _bias(log_theta, head, distances, window, HAS_BIAS, BLOCK)
     while begin < last:
         end = _block_end(starts, begin, last, BLOCK)
         token, count = begin + tl.arange(0, BLOCK), end - begin
-        base = begin.to(tl.int64) * stride
+        base = begin.to(tl.int64) * stride + head * HEAD_DIM
         # Rows of no token look at themselves, so that they stay finite.
         first = tl.load(starts + token, mask=token < end, other=token) - begin
         if DROPOUT:  # the mask's bits begin where the sequence does
@@ -131,15 +136,13 @@ def _forward(
         begin = end
 
 
-@triton.jit(do_not_specialize=["total", "share", "window", "threshold", "seed", "offset"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward(
     grad_out, q, k, v, log_theta, starts, dq, dk, dv, partial,
     total, share, heads, distances, scale, window, threshold, keep_scale, seed, offset,
     HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     program, head, stride = tl.program_id(0), tl.program_id(1), heads * HEAD_DIM
-    q, k, v, grad_out = q + head * HEAD_DIM, k + head * HEAD_DIM, v + head * HEAD_DIM, grad_out + head * HEAD_DIM
-    dq, dk, dv = dq + head * HEAD_DIM, dk + head * HEAD_DIM, dv + head * HEAD_DIM
     begin = _first_start(starts, program * share, total, BLOCK)
     last = _first_start(starts, (program + 1) * share, total, BLOCK)
     bias = _bias(log_theta, head, distances, window, HAS_BIAS, BLOCK)
@@ -147,7 +150,7 @@ def _backward(
     while begin < last:
         end = _block_end(starts, begin, last, BLOCK)
         token, count = begin + tl.arange(0, BLOCK), end - begin
-        base = begin.to(tl.int64) * stride
+        base = begin.to(tl.int64) * stride + head * HEAD_DIM
         first = tl.load(starts + token, mask=token < end, other=token) - begin
         if DROPOUT:  # the mask's bits begin where the sequence does
             bits = keep_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
@@ -189,3 +192,53 @@ def _backward(
     if HAS_BIAS:
         sums, _ = diagonal_sums(dbias, BLOCK)
         tl.store(partial + (program * tl.num_programs(1) + head) * BLOCK + tl.arange(0, BLOCK), sums)
+
+
+def _starts(cu_seqlens: Tensor, total: int) -> Tensor:
+    starts, sequences = torch.empty(total, dtype=torch.int32, device=cu_seqlens.device), len(cu_seqlens) - 1
+    _sequence_starts[(triton.cdiv(sequences, 16),)](cu_seqlens, starts, sequences, total, ROWS=16, BLOCK=BLOCK)
+    return starts
+
+
+def _arguments(q: Tensor, log_theta: Tensor | None, options: tuple[Any, ...], backward: bool) -> tuple[Any, ...]:
+    """The grid; total ... offset of the kernels' parameters; the constants."""
+    (total, heads, head_dim), (scale, window, dropout_p, seed, offset) = q.shape, options
+    programs = min(triton.cdiv(total, BLOCK), max(1, PROGRAMS // heads))
+    distances = 0 if log_theta is None else log_theta.shape[1]
+    numbers = total, triton.cdiv(total, programs), heads, distances, scale, window if 0 <= window < BLOCK else BLOCK
+    constants = {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": log_theta is not None, "DROPOUT": dropout_p > 0}
+    return (programs, heads), (*numbers, *dropout(dropout_p), seed, offset), constants | config(head_dim, q.itemsize, backward)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """`options`: scale, window (-1 for none), dropout_p, seed, offset."""
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    grid, numbers, constants = _arguments(q, log_theta, options, backward=False)
+    _forward[grid](q, k, v, log_theta, _starts(cu_seqlens, len(q)), out, lse, *numbers, **constants)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor | None, cu_seqlens: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`rest`: out, lse, max_seqlen, which are not needed, and `options`."""
+    dq, dk, dv = (torch.empty_like(q) for _ in range(3))
+    grid, numbers, constants = _arguments(q, log_theta, rest[3:], backward=True)
+    partial = None if log_theta is None else q.new_empty(*grid, BLOCK, dtype=torch.float32)
+    starts = _starts(cu_seqlens, len(q))
+    _backward[grid](grad_out, q, k, v, log_theta, starts, dq, dk, dv, partial, *numbers, **constants)
+    if log_theta is None or partial is None:
+        return dq, dk, dv, None
+    return dq, dk, dv, reduce(partial, torch.empty_like(log_theta))
+
+
+def compile_cases() -> list[dict[str, Any]]:
+    """What is compiled by default, for compilation without a GPU."""
+    found = [case("short_starts", _sequence_starts, {"ROWS": 16, "BLOCK": BLOCK})]
+    for (head_dim, dtype, extras), (kernel, backward) in product(WIDTHS_TYPES_EXTRAS, ((_forward, False), (_backward, True))):
+        constants = {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": extras, "DROPOUT": extras}
+        name = f"short{kernel.__name__} d{head_dim} {dtype}" + (" mask dropout" if extras else "")
+        found.append(case(name, kernel, constants | config(head_dim, ITEMSIZE[dtype], backward), dtype))
+    return found

@@ -1,0 +1,258 @@
+"""Distance-mask attention on a GPU for sequences of any length (Eq. 5-6, as reference.py), forward and backward.
+
+Forward: a program owns one block of a sequence's queries and streams the keys past it with an online softmax (FlashAttention-2,
+Dao 2023), and keeps the log-sum-exp. Backward in two passes: `_backward_queries` goes as the forward and finds dq, delta and the
+partial sums of dlog_theta; `_backward_keys` owns a block of keys and streams the queries that see it for dk and dv.
+
+The gradient of log_theta has no atomics: a fixed number of programs share the blocks of queries, each adds up a row of its own,
+and a last kernel sums the rows, always in the same order. Blocks with the most work come first in every grid.
+"""
+
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cafe_kernels.attention.triton_common import (
+    ITEMSIZE,
+    LOG2_E,
+    REDUCED,
+    UNSPECIALIZED,
+    WIDTHS_TYPES_EXTRAS,
+    _reduce,
+    case,
+    diagonal_sums,
+    dot,
+    dropout,
+    keep_bits,
+    kept,
+    load,
+    reduce,
+    store,
+    toeplitz,
+)
+
+PROGRAMS = 512  # at most so many share the blocks of queries of all heads in the backward pass
+
+
+def config(head_dim: int, itemsize: int, kernel: str) -> dict[str, int]:
+    """How a kernel is compiled; BLOCK: queries or keys of a block."""
+    columns = max(16, triton.next_power_of_2(head_dim))
+    return {"BLOCK_D": columns, "BLOCK": 64, "num_warps": 4, "num_stages": 1}
+
+
+@triton.jit
+def _logits(q, k, log_theta, i, j, length, distances, scale, window, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """Logits in base 2 of the queries from i on and the keys from j on; -inf where a key is not seen. log_theta: of the head."""
+    distance = i - j + tl.arange(0, BLOCK)[:, None] - tl.arange(0, BLOCK)[None, :]
+    s = dot(q, tl.trans(k)) * (scale * LOG2_E)
+    if HAS_BIAS:
+        s += toeplitz(log_theta, i - j, distances, BLOCK)
+    return tl.where((distance >= 0) & (distance <= window), s, float("-inf"))
+
+
+@triton.jit
+def _keep(token, i, j, head, seed, offset, threshold, BLOCK: tl.constexpr):
+    return kept(keep_bits(token + i + tl.arange(0, BLOCK), head, j // 4, seed, offset, threshold, BLOCK), BLOCK)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _forward(
+    q, k, v, log_theta, cu_seqlens, out, lse,
+    total, sequences, blocks, heads, distances, scale, window, threshold, keep_scale, seed, offset,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    sequence, head, stride = tl.program_id(0) % sequences, tl.program_id(1), heads * HEAD_DIM
+    i = (blocks - 1 - tl.program_id(0) // sequences) * BLOCK
+    begin = tl.load(cu_seqlens + sequence)
+    length = tl.load(cu_seqlens + sequence + 1) - begin
+    if i < length:
+        row, column = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+        at = (begin + i).to(tl.int64) * stride + head * HEAD_DIM
+        xq = load(q + at, length - i, column, stride, BLOCK, HEAD_DIM)
+        largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+        weight = tl.zeros((BLOCK,), tl.float32)
+        x = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+        for j in range(tl.maximum(i - window, 0) // BLOCK * BLOCK, i + BLOCK, BLOCK):
+            there = (begin + j).to(tl.int64) * stride + head * HEAD_DIM
+            xk = load(k + there, length - j, column, stride, BLOCK, HEAD_DIM)
+            s = _logits(
+                xq, xk, log_theta + head * distances, i, j, length, distances, scale, window, HAS_BIAS, BLOCK
+            )
+            higher = tl.maximum(largest, tl.max(s, 1))
+            finite = tl.where(higher == float("-inf"), 0.0, higher)  # where nothing was seen yet
+            p = tl.exp2(s - finite[:, None])
+            shrink = tl.exp2(largest - finite)
+            weight = weight * shrink + tl.sum(p, 1)
+            if DROPOUT:
+                p = tl.where(_keep(begin, i, j, head, seed, offset, threshold, BLOCK), p * keep_scale, 0.0)
+            xv = load(v + there, length - j, column, stride, BLOCK, HEAD_DIM)
+            x = dot(p.to(xv.dtype), xv, x * shrink[:, None])
+            largest = higher
+        store(out + at, x * (1 / weight)[:, None], length - i, column, stride, BLOCK, HEAD_DIM)
+        rows = lse + head.to(tl.int64) * total + begin + i + row
+        tl.store(rows, (largest + tl.log2(weight)) / LOG2_E, mask=i + row < length)
+
+
+@triton.jit
+def _gradients(
+    xq, xk, xv, xo, log_theta, lse, delta, token, i, j, length, head, distances, scale, window, threshold, keep_scale,
+    seed, offset, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one pair of blocks: the weights after dropout, and the gradient of the logits."""
+    s = _logits(xq, xk, log_theta, i, j, length, distances, scale, window, HAS_BIAS, BLOCK)
+    # Rows past the end have logits of 0 and more, and a log-sum-exp of +inf. What is hidden is 0 even in rows that are NaN.
+    p = tl.where(s == float("-inf"), 0.0, tl.exp2(s - lse[:, None]))
+    dp = dot(xo, tl.trans(xv))
+    if DROPOUT:  # what is dropped is marked by its sign
+        p = tl.where(_keep(token, i, j, head, seed, offset, threshold, BLOCK), p, -p)
+        dropped = tl.maximum(p, 0.0) * keep_scale
+        dp = tl.where(p > 0, dp * keep_scale, 0.0)
+        p = tl.abs(p)
+    else:
+        dropped = p
+    return dropped, p * (dp - delta[:, None])
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _backward_queries(
+    grad_out, q, k, v, log_theta, cu_seqlens, out, lse, dq, delta, partial,
+    total, sequences, blocks, heads, distances, width, scale, window, threshold, keep_scale, seed, offset,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    program, programs, head = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    stride, row, column = heads * HEAD_DIM, tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    for turn in range(tl.cdiv(blocks * sequences, programs)):
+        # Blocks are dealt to and fro, so that everybody gets as much.
+        item = turn * programs + tl.where(turn % 2 == 0, program, programs - 1 - program)
+        sequence, i = item % sequences, (blocks - 1 - item // sequences) * BLOCK
+        begin = tl.load(cu_seqlens + sequence)
+        length = tl.load(cu_seqlens + sequence + 1) - begin
+        if (i >= 0) & (i < length):
+            at = (begin + i).to(tl.int64) * stride + head * HEAD_DIM
+            rows = head.to(tl.int64) * total + begin + i + row
+            xq = load(q + at, length - i, column, stride, BLOCK, HEAD_DIM)
+            xo = load(grad_out + at, length - i, column, stride, BLOCK, HEAD_DIM)
+            y = load(out + at, length - i, column, stride, BLOCK, HEAD_DIM)
+            xdelta = tl.sum(xo.to(tl.float32) * y.to(tl.float32), 1)
+            tl.store(delta + rows, xdelta, mask=i + row < length)
+            xlse = tl.load(lse + rows, mask=i + row < length, other=float("inf")) * LOG2_E
+            x = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+            carried = tl.zeros((BLOCK,), tl.float32)
+            for j in range(tl.maximum(i - window, 0) // BLOCK * BLOCK, i + BLOCK, BLOCK):
+                there = (begin + j).to(tl.int64) * stride + head * HEAD_DIM
+                xk = load(k + there, length - j, column, stride, BLOCK, HEAD_DIM)
+                xv = load(v + there, length - j, column, stride, BLOCK, HEAD_DIM)
+                _, ds = _gradients(
+                    xq, xk, xv, xo, log_theta + head * distances, xlse, xdelta, begin, i, j, length, head, distances, scale,
+                    window, threshold, keep_scale, seed, offset, HAS_BIAS, DROPOUT, BLOCK,
+                )  # fmt: skip
+                if HAS_BIAS:
+                    # Distances from i - j on come from this block and, were they beyond i - j, from the block before.
+                    same, before = diagonal_sums(ds, BLOCK)
+                    own = partial + (program.to(tl.int64) * heads + head) * width + (i - j + BLOCK - 1 - row)
+                    tl.store(own, tl.load(own) + same + carried)
+                    carried = before
+                x = dot((ds * scale).to(xk.dtype), xk, x)
+            store(dq + at, x, length - i, column, stride, BLOCK, HEAD_DIM)
+            tl.debug_barrier()  # before another thread reads what this one wrote to `partial`
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _backward_keys(
+    grad_out, q, k, v, log_theta, cu_seqlens, lse, delta, dk, dv,
+    total, sequences, blocks, heads, distances, scale, window, threshold, keep_scale, seed, offset,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    sequence, j, head = tl.program_id(0) % sequences, tl.program_id(0) // sequences * BLOCK, tl.program_id(1)
+    stride, row, column = heads * HEAD_DIM, tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    begin = tl.load(cu_seqlens + sequence)
+    length = tl.load(cu_seqlens + sequence + 1) - begin
+    if j < length:
+        at = (begin + j).to(tl.int64) * stride + head * HEAD_DIM
+        xk = load(k + at, length - j, column, stride, BLOCK, HEAD_DIM)
+        xv = load(v + at, length - j, column, stride, BLOCK, HEAD_DIM)
+        ydk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+        ydv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+        for i in range(j, tl.minimum(length, j + BLOCK + window), BLOCK):
+            there = (begin + i).to(tl.int64) * stride + head * HEAD_DIM
+            rows = head.to(tl.int64) * total + begin + i + row
+            xq = load(q + there, length - i, column, stride, BLOCK, HEAD_DIM)
+            xo = load(grad_out + there, length - i, column, stride, BLOCK, HEAD_DIM)
+            xlse = tl.load(lse + rows, mask=i + row < length, other=float("inf")) * LOG2_E
+            xdelta = tl.load(delta + rows, mask=i + row < length, other=0.0)
+            dropped, ds = _gradients(
+                xq, xk, xv, xo, log_theta + head * distances, xlse, xdelta, begin, i, j, length, head, distances, scale,
+                window, threshold, keep_scale, seed, offset, HAS_BIAS, DROPOUT, BLOCK,
+            )  # fmt: skip
+            ydv = dot(tl.trans(dropped.to(xo.dtype)), xo, ydv)
+            ydk = dot(tl.trans((ds * scale).to(xq.dtype)), xq, ydk)
+        store(dk + at, ydk, length - j, column, stride, BLOCK, HEAD_DIM)
+        store(dv + at, ydv, length - j, column, stride, BLOCK, HEAD_DIM)
+
+
+def _arguments(
+    q: Tensor, log_theta: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, options: tuple[Any, ...], kernel: str
+) -> tuple[tuple[int, int], tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
+    """The grid, the kernels' parameters total ... distances and scale ... offset, the constants."""
+    (total, heads, head_dim), (scale, window, dropout_p, seed, offset) = q.shape, options
+    constants = {"HEAD_DIM": head_dim, "HAS_BIAS": log_theta is not None, "DROPOUT": dropout_p > 0}
+    constants |= config(head_dim, q.itemsize, kernel)
+    sequences, blocks = len(cu_seqlens) - 1, triton.cdiv(max_seqlen, constants["BLOCK"])
+    shape = total, sequences, blocks, heads, 0 if log_theta is None else log_theta.shape[1]
+    window = min(window, max_seqlen) if window >= 0 else max_seqlen
+    return (sequences * blocks, heads), shape, (scale, window, *dropout(dropout_p), seed, offset), constants
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """`options`: scale, window (-1 for none), dropout_p, seed, offset."""
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    grid, shape, numbers, constants = _arguments(q, log_theta, cu_seqlens, max_seqlen, options, "forward")
+    _forward[grid](q, k, v, log_theta, cu_seqlens, out, lse, *shape, *numbers, **constants)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_theta: Tensor | None,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    max_seqlen: int,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    dq, dk, dv, delta = *(torch.empty_like(q) for _ in range(3)), torch.empty_like(lse)
+    given = q, log_theta, cu_seqlens, max_seqlen, options
+    inputs = grad_out, q, k, v, log_theta, cu_seqlens
+    (items, heads), shape, numbers, constants = _arguments(*given, "backward_queries")
+    programs, width = min(items, max(1, PROGRAMS // heads)), shape[2] * constants["BLOCK"]
+    partial = None if log_theta is None else q.new_zeros(programs, heads, width, dtype=torch.float32)
+    _backward_queries[programs, heads](
+        *inputs, out, lse, dq, delta, partial, *shape, width, *numbers, **constants
+    )
+    grid, shape, numbers, constants = _arguments(*given, "backward_keys")
+    _backward_keys[grid](*inputs, lse, delta, dk, dv, *shape, *numbers, **constants)
+    if log_theta is None or partial is None:
+        return dq, dk, dv, None
+    return dq, dk, dv, reduce(partial, torch.empty_like(log_theta))
+
+
+def compile_cases() -> list[dict[str, Any]]:
+    """What is compiled by default, for compilation without a GPU."""
+    found = [case("reduce", _reduce, {"REDUCED": REDUCED})]
+    for (head_dim, dtype, extras), kernel in product(
+        WIDTHS_TYPES_EXTRAS, (_forward, _backward_queries, _backward_keys)
+    ):
+        constants = {"HEAD_DIM": head_dim, "HAS_BIAS": extras, "DROPOUT": extras}
+        constants |= config(head_dim, ITEMSIZE[dtype], kernel.__name__[1:])
+        name = f"long{kernel.__name__} d{head_dim} {dtype}" + (" mask dropout" if extras else "")
+        found.append(case(name, kernel, constants, dtype))
+    return found
