@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 try:
-    from cafe_kernels.attention import triton_long, triton_short
+    from cafe_kernels.attention import triton_common, triton_long, triton_short
 
-    INSTALLED, INTERPRETED = True, triton_short.INTERPRETED
+    INSTALLED, INTERPRETED = True, bool(triton_common.INTERPRETED)
 except ImportError:  # triton has no wheels for some platforms
     INSTALLED = INTERPRETED = False
 

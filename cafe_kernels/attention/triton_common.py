@@ -41,24 +41,30 @@ def store(rows, value, count, column, stride, BLOCK: tl.constexpr, HEAD_DIM: tl.
     tl.store(rows + (i * stride + column[None, :]), value.to(rows.dtype.element_ty), mask)
 
 
+INTERPRETED = tl.constexpr(not isinstance(load, triton.JITFunction))  # TRITON_INTERPRET=1
+
+
 @triton.jit
 def dot(a, b, accumulator=None):
+    if INTERPRETED and a.dtype == tl.bfloat16:  # which the interpreter multiplies as integers; float32 gives the same
+        a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, accumulator, input_precision="ieee")
 
 
 @triton.jit
 def toeplitz(log_theta, distance, distances, BLOCK: tl.constexpr):
-    """(BLOCK, BLOCK) of log_theta[distance + i - j] in base 2, zero outside the table. One vector of 2 BLOCK numbers is loaded and
-    spread on the chip."""
-    t = distance - BLOCK + tl.arange(0, 2 * BLOCK)
-    row = tl.load(log_theta + t, mask=(t >= 0) & (t < distances), other=0.0) * LOG2_E
-    index = BLOCK + tl.arange(0, BLOCK)[:, None] - tl.arange(0, BLOCK)[None, :]
-    return tl.gather(tl.broadcast_to(row[None, :], BLOCK, 2 * BLOCK), index, 1)
+    """(BLOCK, BLOCK) of log_theta[distance + i - j] in base 2, zero outside the table. Two vectors of BLOCK numbers are loaded, for
+    j <= i and for j > i, and spread on the chip: the number for i and j waits in column i - j modulo BLOCK."""
+    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    after, before = distance + j, distance + j - BLOCK
+    after = tl.load(log_theta + after, mask=(after >= 0) & (after < distances), other=0.0)
+    before = tl.load(log_theta + before, mask=(before >= 0) & (before < distances), other=0.0)
+    return tl.gather(tl.where(j <= i, after, before) * LOG2_E, (i - j) & (BLOCK - 1), 1)
 
 
 @triton.jit
 def diagonal_sums(x, BLOCK: tl.constexpr):
-    """Of x (BLOCK, BLOCK): the sums over i - j = u, and over i - j = u - BLOCK, for u = 0 ... BLOCK - 1."""
+    """Of x (BLOCK, BLOCK): the sums over i - j = BLOCK - 1 - u, and over i - j = -1 - u, for u = 0 ... BLOCK - 1."""
     i, u = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     skewed = tl.gather(x, (i + u + 1) & (BLOCK - 1), 1)
     same = i + u >= BLOCK - 1

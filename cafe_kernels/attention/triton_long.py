@@ -45,12 +45,12 @@ def config(head_dim: int, itemsize: int, kernel: str) -> dict[str, int]:
 
 
 @triton.jit
-def _logits(q, k, log_theta, i, j, length, distances, scale, window, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """Logits in base 2 of the queries from i on and the keys from j on; -inf where a key is not seen. log_theta: of the head."""
+def _logits(q, k, log_theta, i, j, head, distances, scale, window, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """Logits in base 2 of the queries from i on and the keys from j on; -inf where a key is not seen."""
     distance = i - j + tl.arange(0, BLOCK)[:, None] - tl.arange(0, BLOCK)[None, :]
     s = dot(q, tl.trans(k)) * (scale * LOG2_E)
     if HAS_BIAS:
-        s += toeplitz(log_theta, i - j, distances, BLOCK)
+        s += toeplitz(log_theta + head * distances, i - j, distances, BLOCK)
     return tl.where((distance >= 0) & (distance <= window), s, float("-inf"))
 
 
@@ -80,7 +80,7 @@ def _forward(
             there = (begin + j).to(tl.int64) * stride + head * HEAD_DIM
             xk = load(k + there, length - j, column, stride, BLOCK, HEAD_DIM)
             s = _logits(
-                xq, xk, log_theta + head * distances, i, j, length, distances, scale, window, HAS_BIAS, BLOCK
+                xq, xk, log_theta, i, j, head, distances, scale, window, HAS_BIAS, BLOCK
             )
             higher = tl.maximum(largest, tl.max(s, 1))
             finite = tl.where(higher == float("-inf"), 0.0, higher)  # where nothing was seen yet
@@ -99,11 +99,11 @@ def _forward(
 
 @triton.jit
 def _gradients(
-    xq, xk, xv, xo, log_theta, lse, delta, token, i, j, length, head, distances, scale, window, threshold, keep_scale,
+    xq, xk, xv, xo, log_theta, lse, delta, token, i, j, head, distances, scale, window, threshold, keep_scale,
     seed, offset, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of one pair of blocks: the weights after dropout, and the gradient of the logits."""
-    s = _logits(xq, xk, log_theta, i, j, length, distances, scale, window, HAS_BIAS, BLOCK)
+    s = _logits(xq, xk, log_theta, i, j, head, distances, scale, window, HAS_BIAS, BLOCK)
     # Rows past the end have logits of 0 and more, and a log-sum-exp of +inf. What is hidden is 0 even in rows that are NaN.
     p = tl.where(s == float("-inf"), 0.0, tl.exp2(s - lse[:, None]))
     dp = dot(xo, tl.trans(xv))
@@ -147,7 +147,7 @@ def _backward_queries(
                 xk = load(k + there, length - j, column, stride, BLOCK, HEAD_DIM)
                 xv = load(v + there, length - j, column, stride, BLOCK, HEAD_DIM)
                 _, ds = _gradients(
-                    xq, xk, xv, xo, log_theta + head * distances, xlse, xdelta, begin, i, j, length, head, distances, scale,
+                    xq, xk, xv, xo, log_theta, xlse, xdelta, begin, i, j, head, distances, scale,
                     window, threshold, keep_scale, seed, offset, HAS_BIAS, DROPOUT, BLOCK,
                 )  # fmt: skip
                 if HAS_BIAS:
@@ -185,7 +185,7 @@ def _backward_keys(
             xlse = tl.load(lse + rows, mask=i + row < length, other=float("inf")) * LOG2_E
             xdelta = tl.load(delta + rows, mask=i + row < length, other=0.0)
             dropped, ds = _gradients(
-                xq, xk, xv, xo, log_theta + head * distances, xlse, xdelta, begin, i, j, length, head, distances, scale,
+                xq, xk, xv, xo, log_theta, xlse, xdelta, begin, i, j, head, distances, scale,
                 window, threshold, keep_scale, seed, offset, HAS_BIAS, DROPOUT, BLOCK,
             )  # fmt: skip
             ydv = dot(tl.trans(dropped.to(xo.dtype)), xo, ydv)

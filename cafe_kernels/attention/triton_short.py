@@ -36,7 +36,6 @@ from cafe_kernels.attention.triton_common import (
 )
 
 BLOCK = 64  # tokens of a block, and the longest sequence
-INTERPRETED = not isinstance(load, triton.JITFunction)
 PROGRAMS = 1024  # at most so many work on all heads together: a few times what runs at once on a large GPU
 
 
@@ -75,9 +74,7 @@ def _bias(log_theta, head, distances, window, HAS_BIAS: tl.constexpr, BLOCK: tl.
     """log_theta[i - j] in base 2, and -inf for what is in the future or beyond the window."""
     distance = tl.arange(0, BLOCK)[:, None] - tl.arange(0, BLOCK)[None, :]
     if HAS_BIAS:
-        t = tl.arange(0, BLOCK)
-        row = tl.load(log_theta + head * distances + t, mask=t < distances, other=0.0) * LOG2_E
-        bias = tl.gather(tl.broadcast_to(row[None, :], BLOCK, BLOCK), distance & (BLOCK - 1), 1)
+        bias = toeplitz(log_theta + head * distances, 0, distances, BLOCK)
     else:
         bias = tl.zeros((BLOCK, BLOCK), tl.float32)
     return tl.where((distance >= 0) & (distance <= window), bias, float("-inf"))
@@ -191,7 +188,7 @@ def _backward(
         begin = end
     if HAS_BIAS:
         sums, _ = diagonal_sums(dbias, BLOCK)
-        tl.store(partial + (program * tl.num_programs(1) + head) * BLOCK + tl.arange(0, BLOCK), sums)
+        tl.store(partial + (program * tl.num_programs(1) + head) * BLOCK + (BLOCK - 1 - tl.arange(0, BLOCK)), sums)
 
 
 def _starts(cu_seqlens: Tensor, total: int) -> Tensor:
