@@ -79,7 +79,7 @@ def keep_bits(token, head, quad, seed, offset, threshold, BLOCK: tl.constexpr):
     c2, c3 = (offset & 0xFFFFFFFF).to(tl.uint32), (offset >> 32).to(tl.uint32)
     t = threshold.to(tl.uint32)
     bits = token.to(tl.uint64) * 0
-    for position in range(0, BLOCK, 16):  # a loop, and not one wide tile, for the sake of registers
+    for position in tl.range(0, BLOCK, 16, disable_licm=True):  # a loop, and not one wide tile, for the sake of registers
         step = tl.arange(0, 4)[None, :]
         c0 = head * 65536 + quad + position // 4 + step
         w0, w1, w2, w3 = tl.philox(seed, c0, token[:, None], c2, c3)

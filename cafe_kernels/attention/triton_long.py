@@ -27,6 +27,7 @@ from cafe_kernels.attention.triton_common import (
     diagonal_sums,
     dot,
     dropout,
+    from_column,
     keep_bits,
     kept,
     load,
@@ -47,11 +48,13 @@ def config(head_dim: int, itemsize: int, kernel: str) -> dict[str, int]:
 @triton.jit
 def _logits(q, k, log_theta, i, j, head, distances, scale, window, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """Logits in base 2 of the queries from i on and the keys from j on; -inf where a key is not seen."""
-    distance = i - j + tl.arange(0, BLOCK)[:, None] - tl.arange(0, BLOCK)[None, :]
-    s = dot(q, tl.trans(k)) * (scale * LOG2_E)
+    own = i - j + tl.arange(0, BLOCK)  # every query's own column
     if HAS_BIAS:
-        s += toeplitz(log_theta + head * distances, i - j, distances, BLOCK)
-    return tl.where((distance >= 0) & (distance <= window), s, float("-inf"))
+        bias = toeplitz(log_theta + head * distances, i - j, distances, BLOCK)
+    else:
+        bias = 0.0
+    s = dot(q, tl.trans(k)) * (scale * LOG2_E) + bias
+    return tl.where(from_column(own - window, BLOCK) & ~from_column(own + 1, BLOCK), s, float("-inf"))
 
 
 @triton.jit
@@ -76,7 +79,7 @@ def _forward(
         largest = tl.full((BLOCK,), float("-inf"), tl.float32)
         weight = tl.zeros((BLOCK,), tl.float32)
         x = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-        for j in range(tl.maximum(i - window, 0) // BLOCK * BLOCK, i + BLOCK, BLOCK):
+        for j in tl.range(tl.maximum(i - window, 0) // BLOCK * BLOCK, i + BLOCK, BLOCK, disable_licm=True):
             there = (begin + j).to(tl.int64) * stride + head * HEAD_DIM
             xk = load(k + there, length - j, column, stride, BLOCK, HEAD_DIM)
             s = _logits(
@@ -125,7 +128,7 @@ def _backward_queries(
 ):  # fmt: skip
     program, programs, head = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     stride, row, column = heads * HEAD_DIM, tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    for turn in range(tl.cdiv(blocks * sequences, programs)):
+    for turn in tl.range(tl.cdiv(blocks * sequences, programs), disable_licm=True):
         # Blocks are dealt to and fro, so that everybody gets as much.
         item = turn * programs + tl.where(turn % 2 == 0, program, programs - 1 - program)
         sequence, i = item % sequences, (blocks - 1 - item // sequences) * BLOCK
@@ -142,7 +145,7 @@ def _backward_queries(
             xlse = tl.load(lse + rows, mask=i + row < length, other=float("inf")) * LOG2_E
             x = tl.zeros((BLOCK, BLOCK_D), tl.float32)
             carried = tl.zeros((BLOCK,), tl.float32)
-            for j in range(tl.maximum(i - window, 0) // BLOCK * BLOCK, i + BLOCK, BLOCK):
+            for j in tl.range(tl.maximum(i - window, 0) // BLOCK * BLOCK, i + BLOCK, BLOCK, disable_licm=True):
                 there = (begin + j).to(tl.int64) * stride + head * HEAD_DIM
                 xk = load(k + there, length - j, column, stride, BLOCK, HEAD_DIM)
                 xv = load(v + there, length - j, column, stride, BLOCK, HEAD_DIM)
@@ -177,7 +180,7 @@ def _backward_keys(
         xv = load(v + at, length - j, column, stride, BLOCK, HEAD_DIM)
         ydk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
         ydv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-        for i in range(j, tl.minimum(length, j + BLOCK + window), BLOCK):
+        for i in tl.range(j, tl.minimum(length, j + BLOCK + window), BLOCK, disable_licm=True):
             there = (begin + i).to(tl.int64) * stride + head * HEAD_DIM
             rows = head.to(tl.int64) * total + begin + i + row
             xq = load(q + there, length - i, column, stride, BLOCK, HEAD_DIM)
