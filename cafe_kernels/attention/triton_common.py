@@ -128,14 +128,12 @@ def dropout(dropout_p: float) -> tuple[int, float]:
 
 
 def case(name: str, kernel: Any, constants: dict[str, Any], dtype: str = "fp32") -> dict[str, Any]:
-    """A line of compile_cases: what triton.compile needs to know of a kernel. `attrs`: tensors begin at multiples of 16 bytes."""
+    """A line of compile_cases: what triton.compile needs to know of a kernel, as cafe_kernels.compile reads it."""
     types = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
     options = {key: constants[key] for key in ("num_warps", "num_stages") if key in constants}
     fixed = {key: value for key, value in constants.items() if key not in options}
     if not fixed.get("HAS_BIAS", True):
         fixed |= {name: None for name in ("log_theta", "partial") if name in kernel.arg_names}
     signature = {x: "constexpr" if x in fixed else types.get(x, f"*{dtype}") for x in kernel.arg_names}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
-    made = {"name": name, "kernel": kernel, "signature": signature, "constexprs": fixed, "attrs": attrs, "dtype": dtype}
+    made = {"name": name, "kernel": kernel, "signature": signature, "constexprs": fixed, "dtype": dtype}
     return made | {"num_warps": 4, "num_stages": 1} | options
-

@@ -9,6 +9,7 @@ log_theta depends on i - j alone, inside a block as well as in a sequence: its t
 sum of all tiles' gradients, whose diagonals are summed once a program.
 """
 
+import functools
 from itertools import product
 from typing import Any
 
@@ -47,7 +48,7 @@ def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
 
 
 @triton.jit
-def _sequence_starts(cu_seqlens, starts, sequences, total, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def sequence_starts(cu_seqlens, starts, sequences, total, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     s = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     begin = tl.load(cu_seqlens + s, mask=s < sequences, other=0)[:, None]
     end = tl.load(cu_seqlens + s + 1, mask=s < sequences, other=0)[:, None]
@@ -102,7 +103,7 @@ def _weights(logits, bias, first, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _forward(
+def short_forward(
     q, k, v, log_theta, starts, out, lse,
     total, share, heads, distances, scale, window, threshold, keep_scale, seed, offset,
     HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
@@ -134,7 +135,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _backward(
+def short_backward(
     grad_out, q, k, v, log_theta, starts, dq, dk, dv, partial,
     total, share, heads, distances, scale, window, threshold, keep_scale, seed, offset,
     HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
@@ -193,7 +194,7 @@ def _backward(
 
 def _starts(cu_seqlens: Tensor, total: int) -> Tensor:
     starts, sequences = torch.empty(total, dtype=torch.int32, device=cu_seqlens.device), len(cu_seqlens) - 1
-    _sequence_starts[(triton.cdiv(sequences, 16),)](cu_seqlens, starts, sequences, total, ROWS=16, BLOCK=BLOCK)
+    sequence_starts[(triton.cdiv(sequences, 16),)](cu_seqlens, starts, sequences, total, ROWS=16, BLOCK=BLOCK)
     return starts
 
 
@@ -213,7 +214,7 @@ def forward(
     """`options`: scale, window (-1 for none), dropout_p, seed, offset."""
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     grid, numbers, constants = _arguments(q, log_theta, options, backward=False)
-    _forward[grid](q, k, v, log_theta, _starts(cu_seqlens, len(q)), out, lse, *numbers, **constants)
+    short_forward[grid](q, k, v, log_theta, _starts(cu_seqlens, len(q)), out, lse, *numbers, **constants)
     return out, lse
 
 
@@ -225,7 +226,7 @@ def backward(
     grid, numbers, constants = _arguments(q, log_theta, rest[3:], backward=True)
     partial = None if log_theta is None else q.new_empty(*grid, BLOCK, dtype=torch.float32)
     starts = _starts(cu_seqlens, len(q))
-    _backward[grid](grad_out, q, k, v, log_theta, starts, dq, dk, dv, partial, *numbers, **constants)
+    short_backward[grid](grad_out, q, k, v, log_theta, starts, dq, dk, dv, partial, *numbers, **constants)
     if log_theta is None or partial is None:
         return dq, dk, dv, None
     return dq, dk, dv, reduce(partial, torch.empty_like(log_theta))
@@ -233,9 +234,37 @@ def backward(
 
 def compile_cases() -> list[dict[str, Any]]:
     """What is compiled by default, for compilation without a GPU."""
-    found = [case("short_starts", _sequence_starts, {"ROWS": 16, "BLOCK": BLOCK})]
-    for (head_dim, dtype, extras), (kernel, backward) in product(WIDTHS_TYPES_EXTRAS, ((_forward, False), (_backward, True))):
-        constants = {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": extras, "DROPOUT": extras}
-        name = f"short{kernel.__name__} d{head_dim} {dtype}" + (" mask dropout" if extras else "")
-        found.append(case(name, kernel, constants | config(head_dim, ITEMSIZE[dtype], backward), dtype))
+    found = [case("short_starts", sequence_starts, {"ROWS": 16, "BLOCK": BLOCK})]
+    for (head_dim, dtype, extras), backward in product(WIDTHS_TYPES_EXTRAS, (False, True)):
+        kernel = short_backward if backward else short_forward
+        constants = config(head_dim, ITEMSIZE[dtype], backward)
+        name = f"{kernel.fn.__name__} d{head_dim} {dtype}" + (" mask dropout" if extras else "")
+        constants |= {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": extras, "DROPOUT": extras}
+        workloads = _workloads(head_dim, dtype, extras, backward)
+        found.append(case(name, kernel, constants, dtype) | {"workloads": workloads if head_dim == 64 else []})
     return found
+
+
+def _workloads(head_dim: int, dtype: str, extras: bool, backward: bool) -> list[dict[str, Any]]:
+    """Small batches on which to count what the kernels move: all of 50 tokens, and as long as the histories of Amazon Beauty."""
+    beauty = [5] * 32 + [6] * 19 + [7] * 12 + [8] * 8 + [9] * 6 + [10, 11, 12, 13, 14, 15, 17, 19, 22, 25, 30, 36, 43, 50]
+    return [
+        {
+            "name": name,
+            "run": functools.partial(_run, lengths, head_dim, dtype, extras, backward),
+            "floor": (7 if backward else 4) * sum(lengths) * head_dim * ITEMSIZE[dtype],
+        }
+        for name, lengths in (("n=50", [50] * 16), ("Beauty's lengths", beauty))
+    ]
+
+
+def _run(lengths: list[int], head_dim: int, dtype: str, extras: bool, differentiate: bool) -> None:
+    x = torch.zeros(sum(lengths), 1, head_dim, dtype=next(key for key, name in TYPES.items() if name == dtype))
+    log_theta = torch.zeros(1, 50) if extras else None
+    # Evenly mixed, since the order of lengths decides how well the blocks are filled.
+    mixed = torch.tensor([lengths[i * 37 % len(lengths)] for i in range(len(lengths))])
+    cu_seqlens = torch.cat([torch.zeros(1), mixed.cumsum(0)]).int()
+    inputs, options = (x, x, x, log_theta, cu_seqlens), (50, 1.0, -1, 0.1 if extras else 0.0, 0, 0)
+    out, lse = forward(*inputs, *options)
+    if differentiate:
+        backward(x, *inputs, out, lse, *options)
