@@ -24,7 +24,9 @@ def unavailable(q: Tensor) -> str | None:
     if not INSTALLED:
         return "triton is not installed: pip install triton"
     if not (q.is_cuda or INTERPRETED):
-        return f"it runs on a GPU, q is on {q.device}; TRITON_INTERPRET=1 in the environment interprets it there, slowly"
+        return (
+            f"it runs on a GPU, q is on {q.device}; TRITON_INTERPRET=1 in the environment interprets it there, slowly"
+        )
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, got {q.dtype}; use backend='reference'"
     if q.shape[-1] > HEAD_DIM:
@@ -66,6 +68,4 @@ def backward(
     *options: Any,  # as above
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        return _kernels(max_seqlen).backward(
-            grad_out, q, k, v, log_theta, cu_seqlens, out, lse, max_seqlen, *options
-        )
+        return _kernels(max_seqlen).backward(grad_out, q, k, v, log_theta, cu_seqlens, out, lse, max_seqlen, *options)

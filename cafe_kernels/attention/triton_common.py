@@ -3,7 +3,7 @@
 Logits are kept in base 2: exp2 is one instruction on a GPU, exp is two.
 """
 
-from itertools import product
+import itertools
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 LOG2_E = tl.constexpr(1.4426950408889634)
 REDUCED = 16  # distances that one program of the last reduction sums
 
-ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
-WIDTHS_TYPES_EXTRAS = list(product((16, 64, 128, 256), ITEMSIZE, (False, True)))  # of compile_cases; extras: mask, dropout
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WIDTHS_TYPES_EXTRAS = list(itertools.product((16, 64, 128, 256), TYPES, (False, True)))  # for compile_cases
 UNSPECIALIZED = ["total", "share", "longest", "window", "threshold", "seed", "offset"]  # change from batch to batch
 ARGUMENTS = {
     "i32": "total share heads distances window sequences programs width longest blocks",
@@ -52,6 +52,17 @@ def dot(a, b, accumulator=None):
 
 
 @triton.jit
+def product(a, b, a_count, b_count, stride, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """a b' of two blocks of rows, CHUNK columns at a time."""
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for first in range(0, HEAD_DIM, CHUNK):
+        column = first + tl.arange(0, CHUNK)
+        x = load(a, a_count, column, stride, BLOCK, HEAD_DIM)
+        total = dot(x, tl.trans(load(b, b_count, column, stride, BLOCK, HEAD_DIM)), total)
+    return total
+
+
+@triton.jit
 def toeplitz(log_theta, distance, distances, BLOCK: tl.constexpr):
     """(BLOCK, BLOCK) of log_theta[distance + i - j] in base 2, zero outside the table. Two vectors of BLOCK numbers are loaded, for
     j <= i and for j > i, and spread on the chip: the number for i and j waits in column i - j modulo BLOCK."""
@@ -79,11 +90,18 @@ def keep_bits(token, head, quad, seed, offset, threshold, BLOCK: tl.constexpr):
     c2, c3 = (offset & 0xFFFFFFFF).to(tl.uint32), (offset >> 32).to(tl.uint32)
     t = threshold.to(tl.uint32)
     bits = token.to(tl.uint64) * 0
-    for position in tl.range(0, BLOCK, 16, disable_licm=True):  # a loop, and not one wide tile, for the sake of registers
+    for position in tl.range(
+        0, BLOCK, 16, disable_licm=True
+    ):  # a loop, and not one wide tile, for the sake of registers
         step = tl.arange(0, 4)[None, :]
         c0 = head * 65536 + quad + position // 4 + step
         w0, w1, w2, w3 = tl.philox(seed, c0, token[:, None], c2, c3)
-        four = (w0 >= t).to(tl.int32) | (w1 >= t).to(tl.int32) << 1 | (w2 >= t).to(tl.int32) << 2 | (w3 >= t).to(tl.int32) << 3
+        four = (
+            (w0 >= t).to(tl.int32)
+            | (w1 >= t).to(tl.int32) << 1
+            | (w2 >= t).to(tl.int32) << 2
+            | (w3 >= t).to(tl.int32) << 3
+        )
         bits |= tl.sum(four << (4 * step), 1).to(tl.uint64) << position
     return bits
 

@@ -8,7 +8,7 @@ The gradient of log_theta has no atomics: a fixed number of programs share the b
 and a last kernel sums the rows, always in the same order. Blocks with the most work come first in every grid.
 """
 
-from itertools import product
+import itertools
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cafe_kernels.attention.triton_common import (
-    ITEMSIZE,
     LOG2_E,
     REDUCED,
+    TYPES,
     UNSPECIALIZED,
     WIDTHS_TYPES_EXTRAS,
     _reduce,
@@ -31,6 +31,7 @@ from cafe_kernels.attention.triton_common import (
     keep_bits,
     kept,
     load,
+    product,
     reduce,
     store,
     toeplitz,
@@ -39,22 +40,33 @@ from cafe_kernels.attention.triton_common import (
 PROGRAMS = 512  # at most so many share the blocks of queries of all heads in the backward pass
 
 
-def config(head_dim: int, itemsize: int, kernel: str) -> dict[str, int]:
-    """How a kernel is compiled; BLOCK: queries or keys of a block."""
+def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
+    """How the kernels are compiled. BLOCK: queries or keys of a block. CHUNK: columns of q k' and grad_out v' at a time; where it is
+    less than all, q and k are read once more."""
     columns = max(16, triton.next_power_of_2(head_dim))
-    return {"BLOCK_D": columns, "BLOCK": 64, "num_warps": 4, "num_stages": 1}
+    wide = {"BLOCK_D": columns, "CHUNK": columns, "BLOCK": 64, "num_warps": 4, "num_stages": 1}
+    if itemsize == 4:
+        return wide | {"CHUNK": min(columns, 64), "BLOCK": 32, "num_warps": 8}
+    if backward or columns > 128:
+        return wide | {"BLOCK": 32, "num_warps": 4 if columns <= 64 else 8}
+    return wide
 
 
 @triton.jit
-def _logits(q, k, log_theta, i, j, head, distances, scale, window, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """Logits in base 2 of the queries from i on and the keys from j on; -inf where a key is not seen."""
-    own = i - j + tl.arange(0, BLOCK)  # every query's own column
+def _bias(log_theta, i, j, head, distances, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the queries from i on and the keys from j on. Called before their product, whose layout the compiler then keeps."""
+    bias = tl.zeros((BLOCK, BLOCK), tl.float32)
     if HAS_BIAS:
         bias = toeplitz(log_theta + head * distances, i - j, distances, BLOCK)
-    else:
-        bias = 0.0
-    s = dot(q, tl.trans(k)) * (scale * LOG2_E) + bias
-    return tl.where(from_column(own - window, BLOCK) & ~from_column(own + 1, BLOCK), s, float("-inf"))
+    return bias
+
+
+@triton.jit
+def _logits(logits, bias, i, j, scale, window, BLOCK: tl.constexpr):
+    """In base 2; -inf where a key is not seen."""
+    own = i - j + tl.arange(0, BLOCK)  # every query's own column
+    seen = from_column(own - window, BLOCK) & ~from_column(own + 1, BLOCK)
+    return tl.where(seen, logits * (scale * LOG2_E) + bias, float("-inf"))
 
 
 @triton.jit
@@ -63,10 +75,11 @@ def _keep(token, i, j, head, seed, offset, threshold, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _forward(
+def long_forward(
     q, k, v, log_theta, cu_seqlens, out, lse,
     total, sequences, blocks, heads, distances, scale, window, threshold, keep_scale, seed, offset,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     sequence, head, stride = tl.program_id(0) % sequences, tl.program_id(1), heads * HEAD_DIM
     i = (blocks - 1 - tl.program_id(0) // sequences) * BLOCK
@@ -75,16 +88,19 @@ def _forward(
     if i < length:
         row, column = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
         at = (begin + i).to(tl.int64) * stride + head * HEAD_DIM
-        xq = load(q + at, length - i, column, stride, BLOCK, HEAD_DIM)
+        if CHUNK >= HEAD_DIM:
+            xq = load(q + at, length - i, column, stride, BLOCK, HEAD_DIM)
         largest = tl.full((BLOCK,), float("-inf"), tl.float32)
         weight = tl.zeros((BLOCK,), tl.float32)
         x = tl.zeros((BLOCK, BLOCK_D), tl.float32)
         for j in tl.range(tl.maximum(i - window, 0) // BLOCK * BLOCK, i + BLOCK, BLOCK, disable_licm=True):
             there = (begin + j).to(tl.int64) * stride + head * HEAD_DIM
-            xk = load(k + there, length - j, column, stride, BLOCK, HEAD_DIM)
-            s = _logits(
-                xq, xk, log_theta, i, j, head, distances, scale, window, HAS_BIAS, BLOCK
-            )
+            bias = _bias(log_theta, i, j, head, distances, HAS_BIAS, BLOCK)
+            if CHUNK >= HEAD_DIM:
+                s = dot(xq, tl.trans(load(k + there, length - j, column, stride, BLOCK, HEAD_DIM)))
+            else:
+                s = product(q + at, k + there, length - i, length - j, stride, HEAD_DIM, CHUNK, BLOCK)
+            s = _logits(s, bias, i, j, scale, window, BLOCK)
             higher = tl.maximum(largest, tl.max(s, 1))
             finite = tl.where(higher == float("-inf"), 0.0, higher)  # where nothing was seen yet
             p = tl.exp2(s - finite[:, None])
@@ -102,14 +118,11 @@ def _forward(
 
 @triton.jit
 def _gradients(
-    xq, xk, xv, xo, log_theta, lse, delta, token, i, j, head, distances, scale, window, threshold, keep_scale,
-    seed, offset, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+    s, dp, lse, delta, token, i, j, head, threshold, keep_scale, seed, offset, DROPOUT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Of one pair of blocks: the weights after dropout, and the gradient of the logits."""
-    s = _logits(xq, xk, log_theta, i, j, head, distances, scale, window, HAS_BIAS, BLOCK)
-    # Rows past the end have logits of 0 and more, and a log-sum-exp of +inf. What is hidden is 0 even in rows that are NaN.
+    """The weights after dropout and the gradient of the logits s; dp: the products of grad_out and v."""
+    # Rows past the end have a log-sum-exp of +inf. What is hidden is 0 even in rows that are NaN.
     p = tl.where(s == float("-inf"), 0.0, tl.exp2(s - lse[:, None]))
-    dp = dot(xo, tl.trans(xv))
     if DROPOUT:  # what is dropped is marked by its sign
         p = tl.where(_keep(token, i, j, head, seed, offset, threshold, BLOCK), p, -p)
         dropped = tl.maximum(p, 0.0) * keep_scale
@@ -121,10 +134,11 @@ def _gradients(
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _backward_queries(
+def long_backward_queries(
     grad_out, q, k, v, log_theta, cu_seqlens, out, lse, dq, delta, partial,
     total, sequences, blocks, heads, distances, width, scale, window, threshold, keep_scale, seed, offset,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     program, programs, head = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     stride, row, column = heads * HEAD_DIM, tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
@@ -147,12 +161,18 @@ def _backward_queries(
             carried = tl.zeros((BLOCK,), tl.float32)
             for j in tl.range(tl.maximum(i - window, 0) // BLOCK * BLOCK, i + BLOCK, BLOCK, disable_licm=True):
                 there = (begin + j).to(tl.int64) * stride + head * HEAD_DIM
+                bias = _bias(log_theta, i, j, head, distances, HAS_BIAS, BLOCK)
                 xk = load(k + there, length - j, column, stride, BLOCK, HEAD_DIM)
-                xv = load(v + there, length - j, column, stride, BLOCK, HEAD_DIM)
+                if CHUNK >= HEAD_DIM:
+                    s = dot(xq, tl.trans(xk))
+                    dp = dot(xo, tl.trans(load(v + there, length - j, column, stride, BLOCK, HEAD_DIM)))
+                else:
+                    s = product(q + at, k + there, length - i, length - j, stride, HEAD_DIM, CHUNK, BLOCK)
+                    dp = product(grad_out + at, v + there, length - i, length - j, stride, HEAD_DIM, CHUNK, BLOCK)
+                s = _logits(s, bias, i, j, scale, window, BLOCK)
                 _, ds = _gradients(
-                    xq, xk, xv, xo, log_theta, xlse, xdelta, begin, i, j, head, distances, scale,
-                    window, threshold, keep_scale, seed, offset, HAS_BIAS, DROPOUT, BLOCK,
-                )  # fmt: skip
+                    s, dp, xlse, xdelta, begin, i, j, head, threshold, keep_scale, seed, offset, DROPOUT, BLOCK
+                )
                 if HAS_BIAS:
                     # Distances from i - j on come from this block and, were they beyond i - j, from the block before.
                     same, before = diagonal_sums(ds, BLOCK)
@@ -165,10 +185,11 @@ def _backward_queries(
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _backward_keys(
+def long_backward_keys(
     grad_out, q, k, v, log_theta, cu_seqlens, lse, delta, dk, dv,
     total, sequences, blocks, heads, distances, scale, window, threshold, keep_scale, seed, offset,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     sequence, j, head = tl.program_id(0) % sequences, tl.program_id(0) // sequences * BLOCK, tl.program_id(1)
     stride, row, column = heads * HEAD_DIM, tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
@@ -176,21 +197,28 @@ def _backward_keys(
     length = tl.load(cu_seqlens + sequence + 1) - begin
     if j < length:
         at = (begin + j).to(tl.int64) * stride + head * HEAD_DIM
-        xk = load(k + at, length - j, column, stride, BLOCK, HEAD_DIM)
-        xv = load(v + at, length - j, column, stride, BLOCK, HEAD_DIM)
+        if CHUNK >= HEAD_DIM:
+            xk = load(k + at, length - j, column, stride, BLOCK, HEAD_DIM)
+            xv = load(v + at, length - j, column, stride, BLOCK, HEAD_DIM)
         ydk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
         ydv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
         for i in tl.range(j, tl.minimum(length, j + BLOCK + window), BLOCK, disable_licm=True):
             there = (begin + i).to(tl.int64) * stride + head * HEAD_DIM
             rows = head.to(tl.int64) * total + begin + i + row
+            bias = _bias(log_theta, i, j, head, distances, HAS_BIAS, BLOCK)
             xq = load(q + there, length - i, column, stride, BLOCK, HEAD_DIM)
             xo = load(grad_out + there, length - i, column, stride, BLOCK, HEAD_DIM)
+            if CHUNK >= HEAD_DIM:
+                s, dp = dot(xq, tl.trans(xk)), dot(xo, tl.trans(xv))
+            else:
+                s = product(q + there, k + at, length - i, length - j, stride, HEAD_DIM, CHUNK, BLOCK)
+                dp = product(grad_out + there, v + at, length - i, length - j, stride, HEAD_DIM, CHUNK, BLOCK)
             xlse = tl.load(lse + rows, mask=i + row < length, other=float("inf")) * LOG2_E
             xdelta = tl.load(delta + rows, mask=i + row < length, other=0.0)
+            s = _logits(s, bias, i, j, scale, window, BLOCK)
             dropped, ds = _gradients(
-                xq, xk, xv, xo, log_theta, xlse, xdelta, begin, i, j, head, distances, scale,
-                window, threshold, keep_scale, seed, offset, HAS_BIAS, DROPOUT, BLOCK,
-            )  # fmt: skip
+                s, dp, xlse, xdelta, begin, i, j, head, threshold, keep_scale, seed, offset, DROPOUT, BLOCK
+            )
             ydv = dot(tl.trans(dropped.to(xo.dtype)), xo, ydv)
             ydk = dot(tl.trans((ds * scale).to(xq.dtype)), xq, ydk)
         store(dk + at, ydk, length - j, column, stride, BLOCK, HEAD_DIM)
@@ -198,12 +226,12 @@ def _backward_keys(
 
 
 def _arguments(
-    q: Tensor, log_theta: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, options: tuple[Any, ...], kernel: str
+    q: Tensor, log_theta: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, options: tuple[Any, ...], backward: bool
 ) -> tuple[tuple[int, int], tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
     """The grid, the kernels' parameters total ... distances and scale ... offset, the constants."""
     (total, heads, head_dim), (scale, window, dropout_p, seed, offset) = q.shape, options
     constants = {"HEAD_DIM": head_dim, "HAS_BIAS": log_theta is not None, "DROPOUT": dropout_p > 0}
-    constants |= config(head_dim, q.itemsize, kernel)
+    constants |= config(head_dim, q.itemsize, backward)
     sequences, blocks = len(cu_seqlens) - 1, triton.cdiv(max_seqlen, constants["BLOCK"])
     shape = total, sequences, blocks, heads, 0 if log_theta is None else log_theta.shape[1]
     window = min(window, max_seqlen) if window >= 0 else max_seqlen
@@ -215,8 +243,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`options`: scale, window (-1 for none), dropout_p, seed, offset."""
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    grid, shape, numbers, constants = _arguments(q, log_theta, cu_seqlens, max_seqlen, options, "forward")
-    _forward[grid](q, k, v, log_theta, cu_seqlens, out, lse, *shape, *numbers, **constants)
+    grid, shape, numbers, constants = _arguments(q, log_theta, cu_seqlens, max_seqlen, options, backward=False)
+    long_forward[grid](q, k, v, log_theta, cu_seqlens, out, lse, *shape, *numbers, **constants)
     return out, lse
 
 
@@ -235,14 +263,11 @@ def backward(
     dq, dk, dv, delta = *(torch.empty_like(q) for _ in range(3)), torch.empty_like(lse)
     given = q, log_theta, cu_seqlens, max_seqlen, options
     inputs = grad_out, q, k, v, log_theta, cu_seqlens
-    (items, heads), shape, numbers, constants = _arguments(*given, "backward_queries")
+    (items, heads), shape, numbers, constants = _arguments(*given, backward=True)
     programs, width = min(items, max(1, PROGRAMS // heads)), shape[2] * constants["BLOCK"]
     partial = None if log_theta is None else q.new_zeros(programs, heads, width, dtype=torch.float32)
-    _backward_queries[programs, heads](
-        *inputs, out, lse, dq, delta, partial, *shape, width, *numbers, **constants
-    )
-    grid, shape, numbers, constants = _arguments(*given, "backward_keys")
-    _backward_keys[grid](*inputs, lse, delta, dk, dv, *shape, *numbers, **constants)
+    long_backward_queries[programs, heads](*inputs, out, lse, dq, delta, partial, *shape, width, *numbers, **constants)
+    long_backward_keys[items, heads](*inputs, lse, delta, dk, dv, *shape, *numbers, **constants)
     if log_theta is None or partial is None:
         return dq, dk, dv, None
     return dq, dk, dv, reduce(partial, torch.empty_like(log_theta))
@@ -251,11 +276,11 @@ def backward(
 def compile_cases() -> list[dict[str, Any]]:
     """What is compiled by default, for compilation without a GPU."""
     found = [case("reduce", _reduce, {"REDUCED": REDUCED})]
-    for (head_dim, dtype, extras), kernel in product(
-        WIDTHS_TYPES_EXTRAS, (_forward, _backward_queries, _backward_keys)
+    for (head_dim, dtype, extras), kernel in itertools.product(
+        WIDTHS_TYPES_EXTRAS, (long_forward, long_backward_queries, long_backward_keys)
     ):
         constants = {"HEAD_DIM": head_dim, "HAS_BIAS": extras, "DROPOUT": extras}
-        constants |= config(head_dim, ITEMSIZE[dtype], kernel.__name__[1:])
-        name = f"long{kernel.__name__} d{head_dim} {dtype}" + (" mask dropout" if extras else "")
+        constants |= config(head_dim, TYPES[dtype].itemsize, kernel is not long_forward)
+        name = f"{kernel.fn.__name__} d{head_dim} {dtype}" + (" mask dropout" if extras else "")
         found.append(case(name, kernel, constants, dtype))
     return found

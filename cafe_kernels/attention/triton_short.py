@@ -10,7 +10,7 @@ sum of all tiles' gradients, whose diagonals are summed once a program.
 """
 
 import functools
-from itertools import product
+import itertools
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cafe_kernels.attention.triton_common import (
-    ITEMSIZE,
     LOG2_E,
+    TYPES,
     UNSPECIALIZED,
     WIDTHS_TYPES_EXTRAS,
     case,
@@ -31,6 +31,7 @@ from cafe_kernels.attention.triton_common import (
     keep_bits,
     kept,
     load,
+    product,
     reduce,
     store,
     toeplitz,
@@ -43,8 +44,8 @@ PROGRAMS = 1024  # at most so many work on all heads together: a few times what 
 def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
     """How the kernels are compiled. CHUNK: how many columns of q, k, v are worked on at a time."""
     columns = max(16, triton.next_power_of_2(head_dim))
-    chunk = min(columns, 32 if itemsize == 4 else 64)
-    return {"CHUNK": chunk, "num_warps": 8 if itemsize == 4 else 4, "num_stages": 1}
+    chunk = (16 if backward else 32) if itemsize == 4 else 32 if columns > 64 and backward else 64
+    return {"CHUNK": min(columns, chunk), "num_warps": 8 if itemsize == 4 else 4, "num_stages": 1}
 
 
 @triton.jit
@@ -74,22 +75,10 @@ def _block_end(starts, begin, end, BLOCK: tl.constexpr):
 def _bias(log_theta, head, distances, window, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """log_theta[i - j] in base 2, and -inf for what is in the future or beyond the window."""
     distance = tl.arange(0, BLOCK)[:, None] - tl.arange(0, BLOCK)[None, :]
+    bias = tl.zeros((BLOCK, BLOCK), tl.float32)
     if HAS_BIAS:
         bias = toeplitz(log_theta + head * distances, 0, distances, BLOCK)
-    else:
-        bias = tl.zeros((BLOCK, BLOCK), tl.float32)
     return tl.where((distance >= 0) & (distance <= window), bias, float("-inf"))
-
-
-@triton.jit
-def _product(a, b, count, stride, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """a b' over all columns, chunk by chunk."""
-    total = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for first in range(0, HEAD_DIM, CHUNK):
-        column = first + tl.arange(0, CHUNK)
-        x = load(a, count, column, stride, BLOCK, HEAD_DIM)
-        total = dot(x, tl.trans(load(b, count, column, stride, BLOCK, HEAD_DIM)), total)
-    return total
 
 
 @triton.jit
@@ -121,7 +110,7 @@ def short_forward(
         if DROPOUT:  # the mask's bits begin where the sequence does
             bits = keep_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
         p, largest, weight = _weights(
-            _product(q + base, k + base, count, stride, HEAD_DIM, CHUNK, BLOCK), bias, first, scale, BLOCK
+            product(q + base, k + base, count, count, stride, HEAD_DIM, CHUNK, BLOCK), bias, first, scale, BLOCK
         )
         tl.store(lse + head.to(tl.int64) * total + token, (largest + tl.log2(weight)) / LOG2_E, mask=token < end)
         p *= (1 / weight)[:, None]
@@ -130,7 +119,15 @@ def short_forward(
         p = p.to(q.dtype.element_ty)
         for c in range(0, HEAD_DIM, CHUNK):
             column = c + tl.arange(0, CHUNK)
-            store(out + base, dot(p, load(v + base, count, column, stride, BLOCK, HEAD_DIM)), count, column, stride, BLOCK, HEAD_DIM)
+            store(
+                out + base,
+                dot(p, load(v + base, count, column, stride, BLOCK, HEAD_DIM)),
+                count,
+                column,
+                stride,
+                BLOCK,
+                HEAD_DIM,
+            )
         begin = end
 
 
@@ -150,20 +147,19 @@ def short_backward(
         token, count = begin + tl.arange(0, BLOCK), end - begin
         base = begin.to(tl.int64) * stride + head * HEAD_DIM
         first = tl.load(starts + token, mask=token < end, other=token) - begin
-        if DROPOUT:  # the mask's bits begin where the sequence does
-            bits = keep_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
         if CHUNK >= HEAD_DIM:  # everything is loaded once
             column = tl.arange(0, CHUNK)
             xq = load(q + base, count, column, stride, BLOCK, HEAD_DIM)
             xk = load(k + base, count, column, stride, BLOCK, HEAD_DIM)
             logits = dot(xq, tl.trans(xk))
         else:
-            logits = _product(q + base, k + base, count, stride, HEAD_DIM, CHUNK, BLOCK)
+            logits = product(q + base, k + base, count, count, stride, HEAD_DIM, CHUNK, BLOCK)
         p, _, weight = _weights(logits, bias, first, scale, BLOCK)
         p *= tl.where(weight == 0, 0.0, 1 / weight)[:, None]
         if DROPOUT:  # what is dropped is marked by its sign
+            bits = keep_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
             p = tl.where(kept(bits, BLOCK), p, -p)
-            dropped = tl.trans((tl.maximum(p, 0.0) * keep_scale).to(q.dtype.element_ty))
+            dropped = tl.trans(tl.where(p > 0, p * keep_scale, 0.0).to(q.dtype.element_ty))
         else:
             dropped = tl.trans(p.to(q.dtype.element_ty))
         dp = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -205,7 +201,11 @@ def _arguments(q: Tensor, log_theta: Tensor | None, options: tuple[Any, ...], ba
     distances = 0 if log_theta is None else log_theta.shape[1]
     numbers = total, triton.cdiv(total, programs), heads, distances, scale, window if 0 <= window < BLOCK else BLOCK
     constants = {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": log_theta is not None, "DROPOUT": dropout_p > 0}
-    return (programs, heads), (*numbers, *dropout(dropout_p), seed, offset), constants | config(head_dim, q.itemsize, backward)
+    return (
+        (programs, heads),
+        (*numbers, *dropout(dropout_p), seed, offset),
+        constants | config(head_dim, q.itemsize, backward),
+    )
 
 
 def forward(
@@ -235,9 +235,9 @@ def backward(
 def compile_cases() -> list[dict[str, Any]]:
     """What is compiled by default, for compilation without a GPU."""
     found = [case("short_starts", sequence_starts, {"ROWS": 16, "BLOCK": BLOCK})]
-    for (head_dim, dtype, extras), backward in product(WIDTHS_TYPES_EXTRAS, (False, True)):
+    for (head_dim, dtype, extras), backward in itertools.product(WIDTHS_TYPES_EXTRAS, (False, True)):
         kernel = short_backward if backward else short_forward
-        constants = config(head_dim, ITEMSIZE[dtype], backward)
+        constants = config(head_dim, TYPES[dtype].itemsize, backward)
         name = f"{kernel.fn.__name__} d{head_dim} {dtype}" + (" mask dropout" if extras else "")
         constants |= {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": extras, "DROPOUT": extras}
         workloads = _workloads(head_dim, dtype, extras, backward)
@@ -247,19 +247,21 @@ def compile_cases() -> list[dict[str, Any]]:
 
 def _workloads(head_dim: int, dtype: str, extras: bool, backward: bool) -> list[dict[str, Any]]:
     """Small batches on which to count what the kernels move: all of 50 tokens, and as long as the histories of Amazon Beauty."""
-    beauty = [5] * 32 + [6] * 19 + [7] * 12 + [8] * 8 + [9] * 6 + [10, 11, 12, 13, 14, 15, 17, 19, 22, 25, 30, 36, 43, 50]
+    beauty = (
+        [5] * 32 + [6] * 19 + [7] * 12 + [8] * 8 + [9] * 6 + [10, 11, 12, 13, 14, 15, 17, 19, 22, 25, 30, 36, 43, 50]
+    )
     return [
         {
             "name": name,
             "run": functools.partial(_run, lengths, head_dim, dtype, extras, backward),
-            "floor": (7 if backward else 4) * sum(lengths) * head_dim * ITEMSIZE[dtype],
+            "floor": (7 if backward else 4) * sum(lengths) * head_dim * TYPES[dtype].itemsize,
         }
         for name, lengths in (("n=50", [50] * 16), ("Beauty's lengths", beauty))
     ]
 
 
 def _run(lengths: list[int], head_dim: int, dtype: str, extras: bool, differentiate: bool) -> None:
-    x = torch.zeros(sum(lengths), 1, head_dim, dtype=next(key for key, name in TYPES.items() if name == dtype))
+    x = torch.zeros(sum(lengths), 1, head_dim, dtype=TYPES[dtype])
     log_theta = torch.zeros(1, 50) if extras else None
     # Evenly mixed, since the order of lengths decides how well the blocks are filled.
     mixed = torch.tensor([lengths[i * 37 % len(lengths)] for i in range(len(lengths))])
