@@ -29,8 +29,8 @@ from cafe_kernels.attention.triton_common import (
     dropout,
     from_column,
     keep_bits,
-    kept,
     load,
+    mark_dropped,
     product,
     reduce,
     store,
@@ -46,7 +46,7 @@ def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
     columns = max(16, triton.next_power_of_2(head_dim))
     wide = {"BLOCK_D": columns, "CHUNK": columns, "BLOCK": 64, "num_warps": 4, "num_stages": 1}
     if itemsize == 4:
-        return wide | {"CHUNK": min(columns, 64), "BLOCK": 32, "num_warps": 8}
+        return wide | {"CHUNK": min(columns, 32), "BLOCK": 32 if columns <= 64 else 16, "num_warps": 8}
     if backward or columns > 128:
         return wide | {"BLOCK": 32, "num_warps": 4 if columns <= 64 else 8}
     return wide
@@ -70,8 +70,9 @@ def _logits(logits, bias, i, j, scale, window, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _keep(token, i, j, head, seed, offset, threshold, BLOCK: tl.constexpr):
-    return kept(keep_bits(token + i + tl.arange(0, BLOCK), head, j // 4, seed, offset, threshold, BLOCK), BLOCK)
+def _mark_dropped(p, token, i, j, head, seed, offset, threshold, BLOCK: tl.constexpr):
+    bits = keep_bits(token + i + tl.arange(0, BLOCK), head, j // 4, seed, offset, threshold, BLOCK)
+    return mark_dropped(p, bits, BLOCK)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -107,7 +108,7 @@ def long_forward(
             shrink = tl.exp2(largest - finite)
             weight = weight * shrink + tl.sum(p, 1)
             if DROPOUT:
-                p = tl.where(_keep(begin, i, j, head, seed, offset, threshold, BLOCK), p * keep_scale, 0.0)
+                p = tl.maximum(_mark_dropped(p, begin, i, j, head, seed, offset, threshold, BLOCK), 0.0) * keep_scale
             xv = load(v + there, length - j, column, stride, BLOCK, HEAD_DIM)
             x = dot(p.to(xv.dtype), xv, x * shrink[:, None])
             largest = higher
@@ -123,8 +124,8 @@ def _gradients(
     """The weights after dropout and the gradient of the logits s; dp: the products of grad_out and v."""
     # Rows past the end have a log-sum-exp of +inf. What is hidden is 0 even in rows that are NaN.
     p = tl.where(s == float("-inf"), 0.0, tl.exp2(s - lse[:, None]))
-    if DROPOUT:  # what is dropped is marked by its sign
-        p = tl.where(_keep(token, i, j, head, seed, offset, threshold, BLOCK), p, -p)
+    if DROPOUT:
+        p = _mark_dropped(p, token, i, j, head, seed, offset, threshold, BLOCK)
         dropped = tl.maximum(p, 0.0) * keep_scale
         dp = tl.where(p > 0, dp * keep_scale, 0.0)
         p = tl.abs(p)

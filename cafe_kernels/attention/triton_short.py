@@ -29,8 +29,8 @@ from cafe_kernels.attention.triton_common import (
     dropout,
     from_column,
     keep_bits,
-    kept,
     load,
+    mark_dropped,
     product,
     reduce,
     store,
@@ -44,8 +44,9 @@ PROGRAMS = 1024  # at most so many work on all heads together: a few times what 
 def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
     """How the kernels are compiled. CHUNK: how many columns of q, k, v are worked on at a time."""
     columns = max(16, triton.next_power_of_2(head_dim))
-    chunk = (16 if backward else 32) if itemsize == 4 else 32 if columns > 64 and backward else 64
-    return {"CHUNK": min(columns, chunk), "num_warps": 8 if itemsize == 4 else 4, "num_stages": 1}
+    if itemsize == 4:
+        return {"CHUNK": 16, "num_warps": 8, "num_stages": 1}
+    return {"CHUNK": min(columns, 64), "num_warps": 8 if backward and columns > 64 else 4, "num_stages": 1}
 
 
 @triton.jit
@@ -115,7 +116,7 @@ def short_forward(
         tl.store(lse + head.to(tl.int64) * total + token, (largest + tl.log2(weight)) / LOG2_E, mask=token < end)
         p *= (1 / weight)[:, None]
         if DROPOUT:
-            p = tl.where(kept(bits, BLOCK), p * keep_scale, 0.0)
+            p = tl.maximum(mark_dropped(p, bits, BLOCK), 0.0) * keep_scale
         p = p.to(q.dtype.element_ty)
         for c in range(0, HEAD_DIM, CHUNK):
             column = c + tl.arange(0, CHUNK)
@@ -156,18 +157,22 @@ def short_backward(
             logits = product(q + base, k + base, count, count, stride, HEAD_DIM, CHUNK, BLOCK)
         p, _, weight = _weights(logits, bias, first, scale, BLOCK)
         p *= tl.where(weight == 0, 0.0, 1 / weight)[:, None]
-        if DROPOUT:  # what is dropped is marked by its sign
+        if DROPOUT:
             bits = keep_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
-            p = tl.where(kept(bits, BLOCK), p, -p)
-            dropped = tl.trans(tl.where(p > 0, p * keep_scale, 0.0).to(q.dtype.element_ty))
+            p = mark_dropped(p, bits, BLOCK)
+            dropped = tl.trans((tl.maximum(p, 0.0) * keep_scale).to(q.dtype.element_ty))
         else:
             dropped = tl.trans(p.to(q.dtype.element_ty))
-        dp = tl.zeros((BLOCK, BLOCK), tl.float32)
-        for c in range(0, HEAD_DIM, CHUNK):
-            column = c + tl.arange(0, CHUNK)
+        if CHUNK >= HEAD_DIM:
             xo = load(grad_out + base, count, column, stride, BLOCK, HEAD_DIM)
             store(dv + base, dot(dropped, xo), count, column, stride, BLOCK, HEAD_DIM)
-            dp = dot(xo, tl.trans(load(v + base, count, column, stride, BLOCK, HEAD_DIM)), dp)
+            dp = dot(xo, tl.trans(load(v + base, count, column, stride, BLOCK, HEAD_DIM)))
+        else:
+            for c in range(0, HEAD_DIM, CHUNK):
+                column = c + tl.arange(0, CHUNK)
+                xo = load(grad_out + base, count, column, stride, BLOCK, HEAD_DIM)
+                store(dv + base, dot(dropped, xo), count, column, stride, BLOCK, HEAD_DIM)
+            dp = product(grad_out + base, v + base, count, count, stride, HEAD_DIM, CHUNK, BLOCK)
         if DROPOUT:
             dp = tl.where(p > 0, dp * keep_scale, 0.0)
             p = tl.abs(p)
