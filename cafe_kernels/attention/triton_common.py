@@ -83,24 +83,33 @@ def diagonal_sums(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def keep_bits(token, head, quad, seed, offset, threshold, BLOCK: tl.constexpr):
+def philox(c0, c1, c2, c3, seed):
+    """reference.philox. tl.philox does the same with all rounds written out, whose keys fill the registers of a loop around it."""
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.range(10, disable_licm=True):
+        high, low = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        c2, c3 = tl.umulhi(c0, 0xD2511F53) ^ c3 ^ k1, c0 * 0xD2511F53
+        c0, c1 = high ^ c1 ^ k0, low
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def drop_bits(token, head, quad, seed, offset, threshold, BLOCK: tl.constexpr):
     """Dropout's mask (reference.dropout_keep) of query tokens `token` and the BLOCK <= 64 key positions from 4 * quad on:
-    bit b of a token's word says whether the weight of position 4 * quad + b is kept."""
-    offset = offset.to(tl.int64)
-    c2, c3 = (offset & 0xFFFFFFFF).to(tl.uint32), (offset >> 32).to(tl.uint32)
-    t = threshold.to(tl.uint32)
+    bit b of a token's word says whether the weight of position 4 * quad + b is dropped."""
+    seed, offset, t = seed.to(tl.int64), offset.to(tl.int64), threshold.to(tl.uint32)
+    step = tl.arange(0, 4)[None, :]
+    zero = token.to(tl.uint32)[:, None] * 0 + step.to(tl.uint32) * 0
     bits = token.to(tl.uint64) * 0
     for position in tl.range(
         0, BLOCK, 16, disable_licm=True
     ):  # a loop, and not one wide tile, for the sake of registers
-        step = tl.arange(0, 4)[None, :]
-        c0 = head * 65536 + quad + position // 4 + step
-        w0, w1, w2, w3 = tl.philox(seed, c0, token[:, None], c2, c3)
+        c0 = zero + (head * 65536 + quad + position // 4 + step).to(tl.uint32)
+        c1 = zero + token[:, None].to(tl.uint32)
+        w0, w1, w2, w3 = philox(c0, c1, zero + offset.to(tl.uint32), zero + (offset >> 32).to(tl.uint32), seed)
         four = (
-            (w0 >= t).to(tl.int32)
-            | (w1 >= t).to(tl.int32) << 1
-            | (w2 >= t).to(tl.int32) << 2
-            | (w3 >= t).to(tl.int32) << 3
+            (w0 < t).to(tl.int32) | (w1 < t).to(tl.int32) << 1 | (w2 < t).to(tl.int32) << 2 | (w3 < t).to(tl.int32) << 3
         )
         bits |= tl.sum(four << (4 * step), 1).to(tl.uint64) << position
     return bits
@@ -115,10 +124,10 @@ def from_column(first, BLOCK: tl.constexpr):
 
 @triton.jit
 def mark_dropped(weights, bits, BLOCK: tl.constexpr):
-    """`weights` (BLOCK, BLOCK) >= 0 with a minus sign where the bits of their row are 0; in two steps, as from_column. A sign needs no
+    """`weights` (BLOCK, BLOCK) >= 0 with a minus sign where the bits of their row are 1; in two steps, as from_column. A sign needs no
     register of its own, unlike a mask."""
     a, b = 8 * tl.arange(0, BLOCK // 8)[None, :, None], tl.arange(0, 8)[None, None, :].to(tl.uint32)
-    low, high = (~bits).to(tl.uint32)[:, None, None] >> b, (~bits >> 32).to(tl.uint32)[:, None, None] >> b
+    low, high = bits.to(tl.uint32)[:, None, None] >> b, (bits >> 32).to(tl.uint32)[:, None, None] >> b
     sign = tl.where(a < 32, low, high) << (31 - (a & 31)).to(tl.uint32)
     sign = tl.reshape(sign & 0x80000000, BLOCK, BLOCK)
     return (weights.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)

@@ -28,7 +28,7 @@ from cafe_kernels.attention.triton_common import (
     dot,
     dropout,
     from_column,
-    keep_bits,
+    drop_bits,
     load,
     mark_dropped,
     product,
@@ -71,7 +71,7 @@ def _logits(logits, bias, i, j, scale, window, BLOCK: tl.constexpr):
 
 @triton.jit
 def _mark_dropped(p, token, i, j, head, seed, offset, threshold, BLOCK: tl.constexpr):
-    bits = keep_bits(token + i + tl.arange(0, BLOCK), head, j // 4, seed, offset, threshold, BLOCK)
+    bits = drop_bits(token + i + tl.arange(0, BLOCK), head, j // 4, seed, offset, threshold, BLOCK)
     return mark_dropped(p, bits, BLOCK)
 
 

@@ -28,7 +28,7 @@ from cafe_kernels.attention.triton_common import (
     dot,
     dropout,
     from_column,
-    keep_bits,
+    drop_bits,
     load,
     mark_dropped,
     product,
@@ -109,7 +109,7 @@ def short_forward(
         # Rows of no token look at themselves, so that they stay finite.
         first = tl.load(starts + token, mask=token < end, other=token) - begin
         if DROPOUT:  # the mask's bits begin where the sequence does
-            bits = keep_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
+            bits = drop_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
         p, largest, weight = _weights(
             product(q + base, k + base, count, count, stride, HEAD_DIM, CHUNK, BLOCK), bias, first, scale, BLOCK
         )
@@ -158,7 +158,7 @@ def short_backward(
         p, _, weight = _weights(logits, bias, first, scale, BLOCK)
         p *= tl.where(weight == 0, 0.0, 1 / weight)[:, None]
         if DROPOUT:
-            bits = keep_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
+            bits = drop_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
             p = mark_dropped(p, bits, BLOCK)
             dropped = tl.trans((tl.maximum(p, 0.0) * keep_scale).to(q.dtype.element_ty))
         else:
