@@ -63,17 +63,6 @@ def product(a, b, a_count, b_count, stride, HEAD_DIM: tl.constexpr, CHUNK: tl.co
 
 
 @triton.jit
-def toeplitz(log_theta, distance, distances, BLOCK: tl.constexpr):
-    """(BLOCK, BLOCK) of log_theta[distance + i - j] in base 2, zero outside the table. Two vectors of BLOCK numbers are loaded, for
-    j <= i and for j > i, and spread on the chip: the number for i and j waits in column i - j modulo BLOCK."""
-    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    after, before = distance + j, distance + j - BLOCK
-    after = tl.load(log_theta + after, mask=(after >= 0) & (after < distances), other=0.0)
-    before = tl.load(log_theta + before, mask=(before >= 0) & (before < distances), other=0.0)
-    return tl.gather(tl.where(j <= i, after, before) * LOG2_E, (i - j) & (BLOCK - 1), 1)
-
-
-@triton.jit
 def diagonal_sums(x, BLOCK: tl.constexpr):
     """Of x (BLOCK, BLOCK): the sums over i - j = BLOCK - 1 - u, and over i - j = -1 - u, for u = 0 ... BLOCK - 1."""
     i, u = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]

@@ -26,47 +26,46 @@ from cafe_kernels.attention.triton_common import (
     case,
     diagonal_sums,
     dot,
-    dropout,
-    from_column,
     drop_bits,
+    dropout,
     load,
     mark_dropped,
     product,
     reduce,
     store,
-    toeplitz,
 )
 
 PROGRAMS = 512  # at most so many share the blocks of queries of all heads in the backward pass
 
 
-def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
+def config(head_dim: int, itemsize: int, kernel: str) -> dict[str, int]:
     """How the kernels are compiled. BLOCK: queries or keys of a block. CHUNK: columns of q k' and grad_out v' at a time; where it is
     less than all, q and k are read once more."""
     columns = max(16, triton.next_power_of_2(head_dim))
     wide = {"BLOCK_D": columns, "CHUNK": columns, "BLOCK": 64, "num_warps": 4, "num_stages": 1}
     if itemsize == 4:
         return wide | {"CHUNK": min(columns, 32), "BLOCK": 32 if columns <= 64 else 16, "num_warps": 8}
-    if backward or columns > 128:
+    if columns > {"long_forward": 128, "long_backward_queries": 64, "long_backward_keys": 0}[kernel]:
         return wide | {"BLOCK": 32, "num_warps": 4 if columns <= 64 else 8}
     return wide
 
 
 @triton.jit
 def _bias(log_theta, i, j, head, distances, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the queries from i on and the keys from j on. Called before their product, whose layout the compiler then keeps."""
+    """log_theta in base 2 of the queries from i on and the keys from j on. The 2 BLOCK - 1 numbers come out of the L1 cache, which
+    takes fewer registers than to spread a vector of them. Called before the blocks' product, whose layout the compiler then keeps."""
     bias = tl.zeros((BLOCK, BLOCK), tl.float32)
     if HAS_BIAS:
-        bias = toeplitz(log_theta + head * distances, i - j, distances, BLOCK)
+        distance = i - j + tl.arange(0, BLOCK)[:, None] - tl.arange(0, BLOCK)[None, :]
+        bias = tl.load(log_theta + head * distances + tl.minimum(tl.maximum(distance, 0), distances - 1)) * LOG2_E
     return bias
 
 
 @triton.jit
 def _logits(logits, bias, i, j, scale, window, BLOCK: tl.constexpr):
-    """In base 2; -inf where a key is not seen."""
-    own = i - j + tl.arange(0, BLOCK)  # every query's own column
-    seen = from_column(own - window, BLOCK) & ~from_column(own + 1, BLOCK)
-    return tl.where(seen, logits * (scale * LOG2_E) + bias, float("-inf"))
+    """In base 2; -inf where a key is not seen: of a distance below 0, which is a large unsigned number, or beyond the window."""
+    distance = i - j + tl.arange(0, BLOCK)[:, None] - tl.arange(0, BLOCK)[None, :]
+    return tl.where(distance.to(tl.uint32) <= window.to(tl.uint32), logits * (scale * LOG2_E) + bias, float("-inf"))
 
 
 @triton.jit
@@ -227,12 +226,12 @@ def long_backward_keys(
 
 
 def _arguments(
-    q: Tensor, log_theta: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, options: tuple[Any, ...], backward: bool
+    q: Tensor, log_theta: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, options: tuple[Any, ...], kernel: str
 ) -> tuple[tuple[int, int], tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
     """The grid, the kernels' parameters total ... distances and scale ... offset, the constants."""
     (total, heads, head_dim), (scale, window, dropout_p, seed, offset) = q.shape, options
     constants = {"HEAD_DIM": head_dim, "HAS_BIAS": log_theta is not None, "DROPOUT": dropout_p > 0}
-    constants |= config(head_dim, q.itemsize, backward)
+    constants |= config(head_dim, q.itemsize, kernel)
     sequences, blocks = len(cu_seqlens) - 1, triton.cdiv(max_seqlen, constants["BLOCK"])
     shape = total, sequences, blocks, heads, 0 if log_theta is None else log_theta.shape[1]
     window = min(window, max_seqlen) if window >= 0 else max_seqlen
@@ -244,7 +243,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`options`: scale, window (-1 for none), dropout_p, seed, offset."""
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    grid, shape, numbers, constants = _arguments(q, log_theta, cu_seqlens, max_seqlen, options, backward=False)
+    grid, shape, numbers, constants = _arguments(q, log_theta, cu_seqlens, max_seqlen, options, "long_forward")
     long_forward[grid](q, k, v, log_theta, cu_seqlens, out, lse, *shape, *numbers, **constants)
     return out, lse
 
@@ -264,11 +263,12 @@ def backward(
     dq, dk, dv, delta = *(torch.empty_like(q) for _ in range(3)), torch.empty_like(lse)
     given = q, log_theta, cu_seqlens, max_seqlen, options
     inputs = grad_out, q, k, v, log_theta, cu_seqlens
-    (items, heads), shape, numbers, constants = _arguments(*given, backward=True)
+    (items, heads), shape, numbers, constants = _arguments(*given, "long_backward_queries")
     programs, width = min(items, max(1, PROGRAMS // heads)), shape[2] * constants["BLOCK"]
     partial = None if log_theta is None else q.new_zeros(programs, heads, width, dtype=torch.float32)
     long_backward_queries[programs, heads](*inputs, out, lse, dq, delta, partial, *shape, width, *numbers, **constants)
-    long_backward_keys[items, heads](*inputs, lse, delta, dk, dv, *shape, *numbers, **constants)
+    grid, shape, numbers, constants = _arguments(*given, "long_backward_keys")
+    long_backward_keys[grid](*inputs, lse, delta, dk, dv, *shape, *numbers, **constants)
     if log_theta is None or partial is None:
         return dq, dk, dv, None
     return dq, dk, dv, reduce(partial, torch.empty_like(log_theta))
@@ -281,7 +281,7 @@ def compile_cases() -> list[dict[str, Any]]:
         WIDTHS_TYPES_EXTRAS, (long_forward, long_backward_queries, long_backward_keys)
     ):
         constants = {"HEAD_DIM": head_dim, "HAS_BIAS": extras, "DROPOUT": extras}
-        constants |= config(head_dim, TYPES[dtype].itemsize, kernel is not long_forward)
+        constants |= config(head_dim, TYPES[dtype].itemsize, kernel.fn.__name__)
         name = f"{kernel.fn.__name__} d{head_dim} {dtype}" + (" mask dropout" if extras else "")
         found.append(case(name, kernel, constants, dtype))
     return found

@@ -26,15 +26,14 @@ from cafe_kernels.attention.triton_common import (
     case,
     diagonal_sums,
     dot,
+    drop_bits,
     dropout,
     from_column,
-    drop_bits,
     load,
     mark_dropped,
     product,
     reduce,
     store,
-    toeplitz,
 )
 
 BLOCK = 64  # tokens of a block, and the longest sequence
@@ -75,10 +74,12 @@ def _block_end(starts, begin, end, BLOCK: tl.constexpr):
 @triton.jit
 def _bias(log_theta, head, distances, window, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """log_theta[i - j] in base 2, and -inf for what is in the future or beyond the window."""
-    distance = tl.arange(0, BLOCK)[:, None] - tl.arange(0, BLOCK)[None, :]
+    t = tl.arange(0, BLOCK)
+    distance = t[:, None] - t[None, :]
     bias = tl.zeros((BLOCK, BLOCK), tl.float32)
     if HAS_BIAS:
-        bias = toeplitz(log_theta + head * distances, 0, distances, BLOCK)
+        row = tl.load(log_theta + head * distances + t, mask=t < distances, other=0.0) * LOG2_E
+        bias = tl.gather(tl.broadcast_to(row[None, :], BLOCK, BLOCK), distance & (BLOCK - 1), 1)
     return tl.where((distance >= 0) & (distance <= window), bias, float("-inf"))
 
 
