@@ -123,6 +123,13 @@ def mark_dropped(weights, bits, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def zero_dropped(x, weights):
+    """x, but 0 where `weights` bear a minus sign."""
+    dropped = weights.to(tl.int32, bitcast=True) >> 31  # all bits, or none
+    return (x.to(tl.int32, bitcast=True) & (dropped ^ -1)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _reduce(partial, dlog_theta, programs, heads, width, distances, REDUCED: tl.constexpr):
     """dlog_theta (heads, distances) = the sum of partial (programs, heads, width) over programs, always in the same order."""
     head, t = tl.program_id(1), tl.program_id(0) * REDUCED + tl.arange(0, REDUCED)

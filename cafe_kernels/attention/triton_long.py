@@ -33,6 +33,7 @@ from cafe_kernels.attention.triton_common import (
     product,
     reduce,
     store,
+    zero_dropped,
 )
 
 PROGRAMS = 512  # at most so many share the blocks of queries of all heads in the backward pass
@@ -107,7 +108,8 @@ def long_forward(
             shrink = tl.exp2(largest - finite)
             weight = weight * shrink + tl.sum(p, 1)
             if DROPOUT:
-                p = tl.maximum(_mark_dropped(p, begin, i, j, head, seed, offset, threshold, BLOCK), 0.0) * keep_scale
+                p = _mark_dropped(p, begin, i, j, head, seed, offset, threshold, BLOCK)
+                p = zero_dropped(p, p) * keep_scale
             xv = load(v + there, length - j, column, stride, BLOCK, HEAD_DIM)
             x = dot(p.to(xv.dtype), xv, x * shrink[:, None])
             largest = higher
@@ -125,8 +127,8 @@ def _gradients(
     p = tl.where(s == float("-inf"), 0.0, tl.exp2(s - lse[:, None]))
     if DROPOUT:
         p = _mark_dropped(p, token, i, j, head, seed, offset, threshold, BLOCK)
-        dropped = tl.maximum(p, 0.0) * keep_scale
-        dp = tl.where(p > 0, dp * keep_scale, 0.0)
+        dropped = zero_dropped(p, p) * keep_scale
+        dp = zero_dropped(dp, p) * keep_scale
         p = tl.abs(p)
     else:
         dropped = p
@@ -173,13 +175,13 @@ def long_backward_queries(
                 _, ds = _gradients(
                     s, dp, xlse, xdelta, begin, i, j, head, threshold, keep_scale, seed, offset, DROPOUT, BLOCK
                 )
+                x = dot((ds * scale).to(xk.dtype), xk, x)
                 if HAS_BIAS:
                     # Distances from i - j on come from this block and, were they beyond i - j, from the block before.
                     same, before = diagonal_sums(ds, BLOCK)
                     own = partial + (program.to(tl.int64) * heads + head) * width + (i - j + BLOCK - 1 - row)
                     tl.store(own, tl.load(own) + same + carried)
                     carried = before
-                x = dot((ds * scale).to(xk.dtype), xk, x)
             store(dq + at, x, length - i, column, stride, BLOCK, HEAD_DIM)
             tl.debug_barrier()  # before another thread reads what this one wrote to `partial`
 
@@ -205,6 +207,8 @@ def long_backward_keys(
         for i in tl.range(j, tl.minimum(length, j + BLOCK + window), BLOCK, disable_licm=True):
             there = (begin + i).to(tl.int64) * stride + head * HEAD_DIM
             rows = head.to(tl.int64) * total + begin + i + row
+            xlse = tl.load(lse + rows, mask=i + row < length, other=float("inf")) * LOG2_E
+            xdelta = tl.load(delta + rows, mask=i + row < length, other=0.0)
             bias = _bias(log_theta, i, j, head, distances, HAS_BIAS, BLOCK)
             xq = load(q + there, length - i, column, stride, BLOCK, HEAD_DIM)
             xo = load(grad_out + there, length - i, column, stride, BLOCK, HEAD_DIM)
@@ -213,8 +217,6 @@ def long_backward_keys(
             else:
                 s = product(q + there, k + at, length - i, length - j, stride, HEAD_DIM, CHUNK, BLOCK)
                 dp = product(grad_out + there, v + at, length - i, length - j, stride, HEAD_DIM, CHUNK, BLOCK)
-            xlse = tl.load(lse + rows, mask=i + row < length, other=float("inf")) * LOG2_E
-            xdelta = tl.load(delta + rows, mask=i + row < length, other=0.0)
             s = _logits(s, bias, i, j, scale, window, BLOCK)
             dropped, ds = _gradients(
                 s, dp, xlse, xdelta, begin, i, j, head, threshold, keep_scale, seed, offset, DROPOUT, BLOCK

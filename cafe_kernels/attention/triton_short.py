@@ -34,6 +34,7 @@ from cafe_kernels.attention.triton_common import (
     product,
     reduce,
     store,
+    zero_dropped,
 )
 
 BLOCK = 64  # tokens of a block, and the longest sequence
@@ -117,7 +118,8 @@ def short_forward(
         tl.store(lse + head.to(tl.int64) * total + token, (largest + tl.log2(weight)) / LOG2_E, mask=token < end)
         p *= (1 / weight)[:, None]
         if DROPOUT:
-            p = tl.maximum(mark_dropped(p, bits, BLOCK), 0.0) * keep_scale
+            p = mark_dropped(p, bits, BLOCK)
+            p = zero_dropped(p, p) * keep_scale
         p = p.to(q.dtype.element_ty)
         for c in range(0, HEAD_DIM, CHUNK):
             column = c + tl.arange(0, CHUNK)
@@ -149,6 +151,8 @@ def short_backward(
         token, count = begin + tl.arange(0, BLOCK), end - begin
         base = begin.to(tl.int64) * stride + head * HEAD_DIM
         first = tl.load(starts + token, mask=token < end, other=token) - begin
+        if DROPOUT:
+            bits = drop_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
         if CHUNK >= HEAD_DIM:  # everything is loaded once
             column = tl.arange(0, CHUNK)
             xq = load(q + base, count, column, stride, BLOCK, HEAD_DIM)
@@ -159,9 +163,8 @@ def short_backward(
         p, _, weight = _weights(logits, bias, first, scale, BLOCK)
         p *= tl.where(weight == 0, 0.0, 1 / weight)[:, None]
         if DROPOUT:
-            bits = drop_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
             p = mark_dropped(p, bits, BLOCK)
-            dropped = tl.trans((tl.maximum(p, 0.0) * keep_scale).to(q.dtype.element_ty))
+            dropped = tl.trans((zero_dropped(p, p) * keep_scale).to(q.dtype.element_ty))
         else:
             dropped = tl.trans(p.to(q.dtype.element_ty))
         if CHUNK >= HEAD_DIM:
@@ -175,7 +178,7 @@ def short_backward(
                 store(dv + base, dot(dropped, xo), count, column, stride, BLOCK, HEAD_DIM)
             dp = product(grad_out + base, v + base, count, count, stride, HEAD_DIM, CHUNK, BLOCK)
         if DROPOUT:
-            dp = tl.where(p > 0, dp * keep_scale, 0.0)
+            dp = zero_dropped(dp, p) * keep_scale
             p = tl.abs(p)
         ds = p * (dp - tl.sum(p * dp, 1)[:, None])
         dbias += ds
