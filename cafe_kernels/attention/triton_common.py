@@ -63,12 +63,11 @@ def product(a, b, a_count, b_count, stride, HEAD_DIM: tl.constexpr, CHUNK: tl.co
 
 
 @triton.jit
-def diagonal_sums(x, BLOCK: tl.constexpr):
-    """Of x (BLOCK, BLOCK): the sums over i - j = BLOCK - 1 - u, and over i - j = -1 - u, for u = 0 ... BLOCK - 1."""
+def skew(x, BLOCK: tl.constexpr):
+    """Row i of x (BLOCK, BLOCK) moved so that what belongs to one distance stands in one column: in column u the number of
+    i - j = BLOCK - 1 - u where i + u >= BLOCK - 1, and of i - j = -1 - u elsewhere."""
     i, u = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    skewed = tl.gather(x, (i + u + 1) & (BLOCK - 1), 1)
-    same = i + u >= BLOCK - 1
-    return tl.sum(tl.where(same, skewed, 0.0), 0), tl.sum(tl.where(same, 0.0, skewed), 0)
+    return tl.gather(x, (i + u + 1) & (BLOCK - 1), 1)
 
 
 @triton.jit

@@ -24,7 +24,6 @@ from cafe_kernels.attention.triton_common import (
     WIDTHS_TYPES_EXTRAS,
     _reduce,
     case,
-    diagonal_sums,
     dot,
     drop_bits,
     dropout,
@@ -32,6 +31,7 @@ from cafe_kernels.attention.triton_common import (
     mark_dropped,
     product,
     reduce,
+    skew,
     store,
     zero_dropped,
 )
@@ -39,14 +39,14 @@ from cafe_kernels.attention.triton_common import (
 PROGRAMS = 512  # at most so many share the blocks of queries of all heads in the backward pass
 
 
-def config(head_dim: int, itemsize: int, kernel: str) -> dict[str, int]:
+def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
     """How the kernels are compiled. BLOCK: queries or keys of a block. CHUNK: columns of q k' and grad_out v' at a time; where it is
     less than all, q and k are read once more."""
     columns = max(16, triton.next_power_of_2(head_dim))
     wide = {"BLOCK_D": columns, "CHUNK": columns, "BLOCK": 64, "num_warps": 4, "num_stages": 1}
     if itemsize == 4:
         return wide | {"CHUNK": min(columns, 32), "BLOCK": 32 if columns <= 64 else 16, "num_warps": 8}
-    if columns > {"long_forward": 128, "long_backward_queries": 64, "long_backward_keys": 0}[kernel]:
+    if backward or columns > 128:
         return wide | {"BLOCK": 32, "num_warps": 4 if columns <= 64 else 8}
     return wide
 
@@ -123,8 +123,8 @@ def _gradients(
     s, dp, lse, delta, token, i, j, head, threshold, keep_scale, seed, offset, DROPOUT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The weights after dropout and the gradient of the logits s; dp: the products of grad_out and v."""
-    # Rows past the end have a log-sum-exp of +inf. What is hidden is 0 even in rows that are NaN.
-    p = tl.where(s == float("-inf"), 0.0, tl.exp2(s - lse[:, None]))
+    # Rows past the end have a log-sum-exp of +inf, rows that see nothing -inf: weights of 0 both.
+    p = tl.exp2(s - tl.where(lse == float("-inf"), 0.0, lse)[:, None])
     if DROPOUT:
         p = _mark_dropped(p, token, i, j, head, seed, offset, threshold, BLOCK)
         dropped = zero_dropped(p, p) * keep_scale
@@ -177,11 +177,11 @@ def long_backward_queries(
                 )
                 x = dot((ds * scale).to(xk.dtype), xk, x)
                 if HAS_BIAS:
-                    # Distances from i - j on come from this block and, were they beyond i - j, from the block before.
-                    same, before = diagonal_sums(ds, BLOCK)
+                    # The distances from i - j on come from this block and, what is beyond them, from the block before.
+                    skewed, here = skew(ds, BLOCK), row[:, None] + row[None, :] >= BLOCK - 1
                     own = partial + (program.to(tl.int64) * heads + head) * width + (i - j + BLOCK - 1 - row)
-                    tl.store(own, tl.load(own) + same + carried)
-                    carried = before
+                    tl.store(own, tl.load(own) + carried + tl.sum(tl.where(here, skewed, 0.0), 0))
+                    carried = tl.sum(tl.where(here, 0.0, skewed), 0)
             store(dq + at, x, length - i, column, stride, BLOCK, HEAD_DIM)
             tl.debug_barrier()  # before another thread reads what this one wrote to `partial`
 
@@ -228,12 +228,12 @@ def long_backward_keys(
 
 
 def _arguments(
-    q: Tensor, log_theta: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, options: tuple[Any, ...], kernel: str
+    q: Tensor, log_theta: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, options: tuple[Any, ...], backward: bool
 ) -> tuple[tuple[int, int], tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
     """The grid, the kernels' parameters total ... distances and scale ... offset, the constants."""
     (total, heads, head_dim), (scale, window, dropout_p, seed, offset) = q.shape, options
     constants = {"HEAD_DIM": head_dim, "HAS_BIAS": log_theta is not None, "DROPOUT": dropout_p > 0}
-    constants |= config(head_dim, q.itemsize, kernel)
+    constants |= config(head_dim, q.itemsize, backward)
     sequences, blocks = len(cu_seqlens) - 1, triton.cdiv(max_seqlen, constants["BLOCK"])
     shape = total, sequences, blocks, heads, 0 if log_theta is None else log_theta.shape[1]
     window = min(window, max_seqlen) if window >= 0 else max_seqlen
@@ -245,7 +245,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`options`: scale, window (-1 for none), dropout_p, seed, offset."""
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    grid, shape, numbers, constants = _arguments(q, log_theta, cu_seqlens, max_seqlen, options, "long_forward")
+    grid, shape, numbers, constants = _arguments(q, log_theta, cu_seqlens, max_seqlen, options, backward=False)
     long_forward[grid](q, k, v, log_theta, cu_seqlens, out, lse, *shape, *numbers, **constants)
     return out, lse
 
@@ -263,14 +263,12 @@ def backward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     dq, dk, dv, delta = *(torch.empty_like(q) for _ in range(3)), torch.empty_like(lse)
-    given = q, log_theta, cu_seqlens, max_seqlen, options
     inputs = grad_out, q, k, v, log_theta, cu_seqlens
-    (items, heads), shape, numbers, constants = _arguments(*given, "long_backward_queries")
+    (items, heads), shape, numbers, constants = _arguments(q, log_theta, cu_seqlens, max_seqlen, options, backward=True)
     programs, width = min(items, max(1, PROGRAMS // heads)), shape[2] * constants["BLOCK"]
     partial = None if log_theta is None else q.new_zeros(programs, heads, width, dtype=torch.float32)
     long_backward_queries[programs, heads](*inputs, out, lse, dq, delta, partial, *shape, width, *numbers, **constants)
-    grid, shape, numbers, constants = _arguments(*given, "long_backward_keys")
-    long_backward_keys[grid](*inputs, lse, delta, dk, dv, *shape, *numbers, **constants)
+    long_backward_keys[items, heads](*inputs, lse, delta, dk, dv, *shape, *numbers, **constants)
     if log_theta is None or partial is None:
         return dq, dk, dv, None
     return dq, dk, dv, reduce(partial, torch.empty_like(log_theta))
@@ -283,7 +281,7 @@ def compile_cases() -> list[dict[str, Any]]:
         WIDTHS_TYPES_EXTRAS, (long_forward, long_backward_queries, long_backward_keys)
     ):
         constants = {"HEAD_DIM": head_dim, "HAS_BIAS": extras, "DROPOUT": extras}
-        constants |= config(head_dim, TYPES[dtype].itemsize, kernel.fn.__name__)
+        constants |= config(head_dim, TYPES[dtype].itemsize, kernel is not long_forward)
         name = f"{kernel.fn.__name__} d{head_dim} {dtype}" + (" mask dropout" if extras else "")
         found.append(case(name, kernel, constants, dtype))
     return found

@@ -24,7 +24,6 @@ from cafe_kernels.attention.triton_common import (
     UNSPECIALIZED,
     WIDTHS_TYPES_EXTRAS,
     case,
-    diagonal_sums,
     dot,
     drop_bits,
     dropout,
@@ -33,6 +32,7 @@ from cafe_kernels.attention.triton_common import (
     mark_dropped,
     product,
     reduce,
+    skew,
     store,
     zero_dropped,
 )
@@ -87,10 +87,9 @@ def _bias(log_theta, head, distances, window, HAS_BIAS: tl.constexpr, BLOCK: tl.
 @triton.jit
 def _weights(logits, bias, first, scale, BLOCK: tl.constexpr):
     """Softmax of scale * logits + bias over the keys from `first` on, before its division by the sum; the maximum, the sum."""
-    visible = from_column(first, BLOCK)
-    s = tl.where(visible, logits * (scale * LOG2_E) + bias, float("-inf"))
+    s = tl.where(from_column(first, BLOCK), logits * (scale * LOG2_E) + bias, float("-inf"))
     largest = tl.max(s, 1)
-    p = tl.where(s != float("-inf"), tl.exp2(s - largest[:, None]), 0.0)
+    p = tl.exp2(s - tl.where(largest == float("-inf"), 0.0, largest)[:, None])
     return p, largest, tl.sum(p, 1)
 
 
@@ -193,8 +192,8 @@ def short_backward(
             store(dk + base, dot(tl.trans(ds), xq), count, column, stride, BLOCK, HEAD_DIM)
         begin = end
     if HAS_BIAS:
-        sums, _ = diagonal_sums(dbias, BLOCK)
-        tl.store(partial + (program * tl.num_programs(1) + head) * BLOCK + (BLOCK - 1 - tl.arange(0, BLOCK)), sums)
+        row = partial + (program * tl.num_programs(1) + head) * BLOCK + BLOCK - 1
+        tl.store(row - tl.arange(0, BLOCK), tl.sum(skew(dbias, BLOCK), 0))  # what is in the future is 0
 
 
 def _starts(cu_seqlens: Tensor, total: int) -> Tensor:
