@@ -9,6 +9,7 @@ and a last kernel sums the rows, always in the same order. Blocks with the most 
 """
 
 import itertools
+import sys
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from cafe_kernels.attention.triton_common import (
     store,
     zero_dropped,
 )
+from cafe_kernels.attention.workloads import LONG, workloads
 
 PROGRAMS = 512  # at most so many share the blocks of queries of all heads in the backward pass
 
@@ -277,11 +279,15 @@ def backward(
 def compile_cases() -> list[dict[str, Any]]:
     """What is compiled by default, for compilation without a GPU."""
     found = [case("reduce", _reduce, {"REDUCED": REDUCED})]
-    for (head_dim, dtype, extras), kernel in itertools.product(
-        WIDTHS_TYPES_EXTRAS, (long_forward, long_backward_queries, long_backward_keys)
-    ):
+    tensors = {long_forward: 4, long_backward_queries: 5, long_backward_keys: 6}  # that are read or written: the floor
+    for (head_dim, dtype, extras), kernel in itertools.product(WIDTHS_TYPES_EXTRAS, tensors):
+        backward = kernel is not long_forward
         constants = {"HEAD_DIM": head_dim, "HAS_BIAS": extras, "DROPOUT": extras}
-        constants |= config(head_dim, TYPES[dtype].itemsize, kernel is not long_forward)
+        constants |= config(head_dim, TYPES[dtype].itemsize, backward)
         name = f"{kernel.fn.__name__} d{head_dim} {dtype}" + (" mask dropout" if extras else "")
-        found.append(case(name, kernel, constants, dtype))
+        counted = workloads(
+            sys.modules[__name__], LONG, head_dim, TYPES[dtype], 0.1 if extras else 0.0,
+            backward=backward, tensors=tensors[kernel], bound="distinct",
+        )  # fmt: skip
+        found.append(case(name, kernel, constants, dtype) | {"workloads": counted if head_dim == 64 and extras else []})
     return found

@@ -9,8 +9,8 @@ log_theta depends on i - j alone, inside a block as well as in a sequence: its t
 sum of all tiles' gradients, whose diagonals are summed once a program.
 """
 
-import functools
 import itertools
+import sys
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from cafe_kernels.attention.triton_common import (
     store,
     zero_dropped,
 )
+from cafe_kernels.attention.workloads import SHORT, workloads
 
 BLOCK = 64  # tokens of a block, and the longest sequence
 PROGRAMS = 1024  # at most so many work on all heads together: a few times what runs at once on a large GPU
@@ -247,34 +248,11 @@ def compile_cases() -> list[dict[str, Any]]:
         kernel = short_backward if backward else short_forward
         constants = config(head_dim, TYPES[dtype].itemsize, backward)
         name = f"{kernel.fn.__name__} d{head_dim} {dtype}" + (" mask dropout" if extras else "")
+        again = backward and constants["CHUNK"] < head_dim  # q, k and grad_out, for the lack of registers
         constants |= {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": extras, "DROPOUT": extras}
-        workloads = _workloads(head_dim, dtype, extras, backward)
-        found.append(case(name, kernel, constants, dtype) | {"workloads": workloads if head_dim == 64 else []})
+        counted = workloads(
+            sys.modules[__name__], SHORT, head_dim, TYPES[dtype], 0.1 if extras else 0.0,
+            backward=backward, tensors=7 if backward else 4, bound="distinct" if again else "issued",
+        )  # fmt: skip
+        found.append(case(name, kernel, constants, dtype) | {"workloads": counted if head_dim == 64 and extras else []})
     return found
-
-
-def _workloads(head_dim: int, dtype: str, extras: bool, backward: bool) -> list[dict[str, Any]]:
-    """Small batches on which to count what the kernels move: all of 50 tokens, and as long as the histories of Amazon Beauty."""
-    beauty = (
-        [5] * 32 + [6] * 19 + [7] * 12 + [8] * 8 + [9] * 6 + [10, 11, 12, 13, 14, 15, 17, 19, 22, 25, 30, 36, 43, 50]
-    )
-    return [
-        {
-            "name": name,
-            "run": functools.partial(_run, lengths, head_dim, dtype, extras, backward),
-            "floor": (7 if backward else 4) * sum(lengths) * head_dim * TYPES[dtype].itemsize,
-        }
-        for name, lengths in (("n=50", [50] * 16), ("Beauty's lengths", beauty))
-    ]
-
-
-def _run(lengths: list[int], head_dim: int, dtype: str, extras: bool, differentiate: bool) -> None:
-    x = torch.zeros(sum(lengths), 1, head_dim, dtype=TYPES[dtype])
-    log_theta = torch.zeros(1, 50) if extras else None
-    # Evenly mixed, since the order of lengths decides how well the blocks are filled.
-    mixed = torch.tensor([lengths[i * 37 % len(lengths)] for i in range(len(lengths))])
-    cu_seqlens = torch.cat([torch.zeros(1), mixed.cumsum(0)]).int()
-    inputs, options = (x, x, x, log_theta, cu_seqlens), (50, 1.0, -1, 0.1 if extras else 0.0, 0, 0)
-    out, lse = forward(*inputs, *options)
-    if differentiate:
-        backward(x, *inputs, out, lse, *options)

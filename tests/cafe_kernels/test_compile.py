@@ -172,13 +172,13 @@ def test_command(capsys, monkeypatch, toys):
         offline, "report", lambda *given: asked.append(given) or [r for r in toys.values() if r.target == "sm_80"]
     )
     assert offline.main(["--module", TOYS, "--target", "sm_80", "--json"]) == 1
-    assert asked == [(["sm_80"], [TOYS])]
+    assert asked == [(["sm_80"], [TOYS], "")]
     record = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in record["rows"]] == [name for name, target in toys if target == "sm_80"]
     assert record["violations"] == violations(row for row in toys.values() if row.target == "sm_80")
     assert record["rows"][0]["resources"]["matrix_instructions"] == 32
     assert offline.main(["--module", TOYS]) == 1
-    assert asked[1] == (offline.TARGETS, [TOYS])
+    assert asked[1] == (offline.TARGETS, [TOYS], "")
     printed = capsys.readouterr()
     assert "nothing here was measured on a GPU" in printed.out
     assert "spilling on sm_80 spills" in printed.err
