@@ -1,12 +1,15 @@
+# mypy: allow-untyped-defs
 """Distance-mask attention on a GPU for sequences of at most 64 tokens (Eq. 5-6, as reference.py), forward and backward.
 
 A program owns the sequences that begin in its share of the packed tokens, and walks them in blocks of whole sequences with at most
 64 tokens together. A block's logits are one 64 x 64 tile on the chip, so the softmax needs no second look, and the backward pass
 finds dq, dk, dv in one go, from q, k, v and grad_out alone. A block ends where the sequence begins that does not fit any more,
-which one number tells: `starts[token]`, where the token's sequence begins. So nobody plans, and nothing waits for the CPU.
+which one number tells: `starts[token]`, where the token's sequence begins. So nobody plans, and nothing waits for the CPU. (A NaN or
+an infinity may spoil the other sequences of its block, since 0 * NaN is NaN.)
 
 log_theta depends on i - j alone, inside a block as well as in a sequence: its tile is spread once a program, and its gradient is the
-sum of all tiles' gradients, whose diagonals are summed once a program.
+sum of all tiles' gradients, whose diagonals are summed once a program, in a row of the program's own. A last kernel sums the rows,
+always in the same order: there are no atomics.
 """
 
 import functools
@@ -42,14 +45,15 @@ PROGRAMS = 1024  # at most so many work on all heads together: a few times what 
 
 
 def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
-    """How the kernels are compiled. CHUNK: how many columns of q, k, v are worked on at a time."""
+    """How the kernels are compiled. CHUNK: columns of q, k, v worked on at a time; where it is less than all, the backward pass reads q,
+    k and grad_out twice. The largest chunks without spilled registers on sm_80, sm_90 and sm_100."""
     columns = max(16, triton.next_power_of_2(head_dim))
     if itemsize == 4:
         return {"CHUNK": 16, "num_warps": 8, "num_stages": 1}
     return {"CHUNK": min(columns, 64), "num_warps": 8 if backward and columns > 64 else 4, "num_stages": 1}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def sequence_starts(cu_seqlens, starts, sequences, total, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     s = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     begin = tl.load(cu_seqlens + s, mask=s < sequences, other=0)[:, None]
@@ -109,11 +113,10 @@ def short_forward(
         base = begin.to(tl.int64) * stride + head * HEAD_DIM
         # Rows of no token look at themselves, so that they stay finite.
         first = tl.load(starts + token, mask=token < end, other=token) - begin
-        if DROPOUT:  # the mask's bits begin where the sequence does
+        if DROPOUT:  # the bits begin where the sequence does
             bits = drop_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
-        p, largest, weight = _weights(
-            product(q + base, k + base, count, count, stride, HEAD_DIM, CHUNK, BLOCK), bias, first, scale, BLOCK
-        )
+        logits = product(q + base, k + base, count, count, stride, HEAD_DIM, CHUNK, BLOCK)
+        p, largest, weight = _weights(logits, bias, first, scale, BLOCK)
         tl.store(lse + head.to(tl.int64) * total + token, (largest + tl.log2(weight)) / LOG2_E, mask=token < end)
         p *= (1 / weight)[:, None]
         if DROPOUT:
@@ -122,15 +125,8 @@ def short_forward(
         p = p.to(q.dtype.element_ty)
         for c in range(0, HEAD_DIM, CHUNK):
             column = c + tl.arange(0, CHUNK)
-            store(
-                out + base,
-                dot(p, load(v + base, count, column, stride, BLOCK, HEAD_DIM)),
-                count,
-                column,
-                stride,
-                BLOCK,
-                HEAD_DIM,
-            )
+            x = dot(p, load(v + base, count, column, stride, BLOCK, HEAD_DIM))
+            store(out + base, x, count, column, stride, BLOCK, HEAD_DIM)
         begin = end
 
 
@@ -209,11 +205,8 @@ def _arguments(q: Tensor, log_theta: Tensor | None, options: tuple[Any, ...], ba
     distances = 0 if log_theta is None else log_theta.shape[1]
     numbers = total, triton.cdiv(total, programs), heads, distances, scale, window if 0 <= window < BLOCK else BLOCK
     constants = {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": log_theta is not None, "DROPOUT": dropout_p > 0}
-    return (
-        (programs, heads),
-        (*numbers, *dropout(dropout_p), seed, offset),
-        constants | config(head_dim, q.itemsize, backward),
-    )
+    constants |= config(head_dim, q.itemsize, backward)
+    return (programs, heads), (*numbers, *dropout(dropout_p), seed, offset), constants
 
 
 def forward(
@@ -255,26 +248,25 @@ def compile_cases() -> list[dict[str, Any]]:
 
 def _workloads(head_dim: int, dtype: str, extras: bool, backward: bool) -> list[dict[str, Any]]:
     """Small batches on which to count what the kernels move: all of 50 tokens, and as long as the histories of Amazon Beauty."""
-    beauty = (
-        [5] * 32 + [6] * 19 + [7] * 12 + [8] * 8 + [9] * 6 + [10, 11, 12, 13, 14, 15, 17, 19, 22, 25, 30, 36, 43, 50]
-    )
+    beauty = [5] * 32 + [6] * 19 + [7] * 12 + [8] * 8 + [9] * 6 + [10, 11, 12, 13, 14, 15, 17, 19, 22, 25, 30, 36, 50]
+    again = config(head_dim, TYPES[dtype].itemsize, backward)["CHUNK"] < head_dim and backward
     return [
         {
             "name": name,
             "run": functools.partial(_run, lengths, head_dim, dtype, extras, backward),
             "floor": (7 if backward else 4) * sum(lengths) * head_dim * TYPES[dtype].itemsize,
+            "bound": "distinct" if again else "issued",
         }
         for name, lengths in (("n=50", [50] * 16), ("Beauty's lengths", beauty))
     ]
 
 
 def _run(lengths: list[int], head_dim: int, dtype: str, extras: bool, differentiate: bool) -> None:
-    x = torch.zeros(sum(lengths), 1, head_dim, dtype=TYPES[dtype])
+    q, k, v, grad_out = torch.zeros(4, sum(lengths), 1, head_dim, dtype=TYPES[dtype]).unbind()
     log_theta = torch.zeros(1, 50) if extras else None
-    # Evenly mixed, since the order of lengths decides how well the blocks are filled.
-    mixed = torch.tensor([lengths[i * 37 % len(lengths)] for i in range(len(lengths))])
-    cu_seqlens = torch.cat([torch.zeros(1), mixed.cumsum(0)]).int()
-    inputs, options = (x, x, x, log_theta, cu_seqlens), (50, 1.0, -1, 0.1 if extras else 0.0, 0, 0)
+    # Mixed, since the order of lengths decides how well the blocks are filled.
+    mixed = torch.tensor([0] + [lengths[i * 37 % len(lengths)] for i in range(len(lengths))])
+    inputs, options = (q, k, v, log_theta, mixed.cumsum(0).int()), (50, 1.0, -1, 0.1 if extras else 0.0, 0, 0)
     out, lse = forward(*inputs, *options)
     if differentiate:
-        backward(x, *inputs, out, lse, *options)
+        backward(grad_out, *inputs, out, lse, *options)
