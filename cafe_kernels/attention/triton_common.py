@@ -1,6 +1,8 @@
-"""What the short and the long Triton kernels share: the bias of a block, its gradient, dropout's mask, the cases to compile.
+# mypy: allow-untyped-defs
+"""What the short and the long Triton kernels share: products, the distances of a tile, dropout's mask, the cases to compile.
 
-Logits are kept in base 2: exp2 is one instruction on a GPU, exp is two.
+Logits are kept in base 2: exp2 is one instruction on a GPU, exp is two. Loops say disable_licm where what the compiler would compute
+before them, index by index, would fill the registers.
 """
 
 import itertools
@@ -16,9 +18,9 @@ REDUCED = 16  # distances that one program of the last reduction sums
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WIDTHS_TYPES_EXTRAS = list(itertools.product((16, 64, 128, 256), TYPES, (False, True)))  # for compile_cases
-UNSPECIALIZED = ["total", "share", "longest", "window", "threshold", "seed", "offset"]  # change from batch to batch
+UNSPECIALIZED = ["total", "share", "window", "threshold", "seed", "offset", "sequences", "blocks", "programs", "width"]
 ARGUMENTS = {
-    "i32": "total share heads distances window sequences programs width longest blocks",
+    "i32": "total share heads distances window sequences programs width blocks",
     "i64": "threshold seed offset",
     "fp32": "scale keep_scale",
     "*i32": "cu_seqlens starts",
@@ -90,15 +92,12 @@ def drop_bits(token, head, quad, seed, offset, threshold, BLOCK: tl.constexpr):
     step = tl.arange(0, 4)[None, :]
     zero = token.to(tl.uint32)[:, None] * 0 + step.to(tl.uint32) * 0
     bits = token.to(tl.uint64) * 0
-    for position in tl.range(
-        0, BLOCK, 16, disable_licm=True
-    ):  # a loop, and not one wide tile, for the sake of registers
+    for position in tl.range(0, BLOCK, 16, disable_licm=True):  # and not one wide tile, for the sake of registers
         c0 = zero + (head * 65536 + quad + position // 4 + step).to(tl.uint32)
         c1 = zero + token[:, None].to(tl.uint32)
         w0, w1, w2, w3 = philox(c0, c1, zero + offset.to(tl.uint32), zero + (offset >> 32).to(tl.uint32), seed)
-        four = (
-            (w0 < t).to(tl.int32) | (w1 < t).to(tl.int32) << 1 | (w2 < t).to(tl.int32) << 2 | (w3 < t).to(tl.int32) << 3
-        )
+        d0, d1, d2, d3 = (w0 < t).to(tl.int32), (w1 < t).to(tl.int32), (w2 < t).to(tl.int32), (w3 < t).to(tl.int32)
+        four = d0 | d1 << 1 | d2 << 2 | d3 << 3
         bits |= tl.sum(four << (4 * step), 1).to(tl.uint64) << position
     return bits
 
@@ -128,8 +127,8 @@ def zero_dropped(x, weights):
     return (x.to(tl.int32, bitcast=True) & (dropped ^ -1)).to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def _reduce(partial, dlog_theta, programs, heads, width, distances, REDUCED: tl.constexpr):
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def reduce_kernel(partial, dlog_theta, programs, heads, width, distances, REDUCED: tl.constexpr):
     """dlog_theta (heads, distances) = the sum of partial (programs, heads, width) over programs, always in the same order."""
     head, t = tl.program_id(1), tl.program_id(0) * REDUCED + tl.arange(0, REDUCED)
     total = tl.zeros((64, REDUCED), tl.float32)
@@ -143,7 +142,7 @@ def _reduce(partial, dlog_theta, programs, heads, width, distances, REDUCED: tl.
 def reduce(partial: Tensor, dlog_theta: Tensor) -> Tensor:
     programs, heads, width = partial.shape
     grid = triton.cdiv(dlog_theta.shape[1], REDUCED), heads
-    _reduce[grid](partial, dlog_theta, programs, heads, width, dlog_theta.shape[1], REDUCED=REDUCED)
+    reduce_kernel[grid](partial, dlog_theta, programs, heads, width, dlog_theta.shape[1], REDUCED=REDUCED)
     return dlog_theta
 
 

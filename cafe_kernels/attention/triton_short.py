@@ -1,12 +1,15 @@
+# mypy: allow-untyped-defs
 """Distance-mask attention on a GPU for sequences of at most 64 tokens (Eq. 5-6, as reference.py), forward and backward.
 
 A program owns the sequences that begin in its share of the packed tokens, and walks them in blocks of whole sequences with at most
 64 tokens together. A block's logits are one 64 x 64 tile on the chip, so the softmax needs no second look, and the backward pass
 finds dq, dk, dv in one go, from q, k, v and grad_out alone. A block ends where the sequence begins that does not fit any more,
-which one number tells: `starts[token]`, where the token's sequence begins. So nobody plans, and nothing waits for the CPU.
+which one number tells: `starts[token]`, where the token's sequence begins. So nobody plans, and nothing waits for the CPU. (A NaN or
+an infinity may spoil the other sequences of its block, since 0 * NaN is NaN.)
 
 log_theta depends on i - j alone, inside a block as well as in a sequence: its tile is spread once a program, and its gradient is the
-sum of all tiles' gradients, whose diagonals are summed once a program.
+sum of all tiles' gradients, whose diagonals are summed once a program, in a row of the program's own. A last kernel sums the rows,
+always in the same order: there are no atomics.
 """
 
 import itertools
@@ -43,14 +46,15 @@ PROGRAMS = 1024  # at most so many work on all heads together: a few times what 
 
 
 def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
-    """How the kernels are compiled. CHUNK: how many columns of q, k, v are worked on at a time."""
+    """How the kernels are compiled. CHUNK: columns of q, k, v worked on at a time; where it is less than all, the backward pass reads q,
+    k and grad_out twice. The largest chunks without spilled registers on sm_80, sm_90 and sm_100."""
     columns = max(16, triton.next_power_of_2(head_dim))
     if itemsize == 4:
         return {"CHUNK": 16, "num_warps": 8, "num_stages": 1}
     return {"CHUNK": min(columns, 64), "num_warps": 8 if backward and columns > 64 else 4, "num_stages": 1}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def sequence_starts(cu_seqlens, starts, sequences, total, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     s = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     begin = tl.load(cu_seqlens + s, mask=s < sequences, other=0)[:, None]
@@ -110,11 +114,10 @@ def short_forward(
         base = begin.to(tl.int64) * stride + head * HEAD_DIM
         # Rows of no token look at themselves, so that they stay finite.
         first = tl.load(starts + token, mask=token < end, other=token) - begin
-        if DROPOUT:  # the mask's bits begin where the sequence does
+        if DROPOUT:  # the bits begin where the sequence does
             bits = drop_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
-        p, largest, weight = _weights(
-            product(q + base, k + base, count, count, stride, HEAD_DIM, CHUNK, BLOCK), bias, first, scale, BLOCK
-        )
+        logits = product(q + base, k + base, count, count, stride, HEAD_DIM, CHUNK, BLOCK)
+        p, largest, weight = _weights(logits, bias, first, scale, BLOCK)
         tl.store(lse + head.to(tl.int64) * total + token, (largest + tl.log2(weight)) / LOG2_E, mask=token < end)
         p *= (1 / weight)[:, None]
         if DROPOUT:
@@ -123,15 +126,8 @@ def short_forward(
         p = p.to(q.dtype.element_ty)
         for c in range(0, HEAD_DIM, CHUNK):
             column = c + tl.arange(0, CHUNK)
-            store(
-                out + base,
-                dot(p, load(v + base, count, column, stride, BLOCK, HEAD_DIM)),
-                count,
-                column,
-                stride,
-                BLOCK,
-                HEAD_DIM,
-            )
+            x = dot(p, load(v + base, count, column, stride, BLOCK, HEAD_DIM))
+            store(out + base, x, count, column, stride, BLOCK, HEAD_DIM)
         begin = end
 
 
@@ -210,11 +206,8 @@ def _arguments(q: Tensor, log_theta: Tensor | None, options: tuple[Any, ...], ba
     distances = 0 if log_theta is None else log_theta.shape[1]
     numbers = total, triton.cdiv(total, programs), heads, distances, scale, window if 0 <= window < BLOCK else BLOCK
     constants = {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": log_theta is not None, "DROPOUT": dropout_p > 0}
-    return (
-        (programs, heads),
-        (*numbers, *dropout(dropout_p), seed, offset),
-        constants | config(head_dim, q.itemsize, backward),
-    )
+    constants |= config(head_dim, q.itemsize, backward)
+    return (programs, heads), (*numbers, *dropout(dropout_p), seed, offset), constants
 
 
 def forward(
