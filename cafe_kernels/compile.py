@@ -37,7 +37,13 @@ from typing import Any
 
 from cafe_kernels.traffic import Traffic, count_traffic
 
-MODULES: list[str] = []  # every module of the library with compile_cases(), which a test checks
+MODULES = [  # every module of the library with compile_cases(), which a test checks
+    "cafe_kernels.attention.triton_short",
+    "cafe_kernels.attention.triton_long",
+    "cafe_kernels.losses.triton_losses",
+    "cafe_kernels.optim.triton_rows",
+    "cafe_kernels.topk.triton_topk",
+]
 BYTES_BOUND = 1.1
 REGISTERS_PER_LANE, REGISTER_GRANULE, SCHEDULERS, MAX_GROUPS = 512, 8, 4, 32  # a multiprocessor of any target below
 
@@ -150,8 +156,9 @@ def violations(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def report(targets: Iterable[str] = TARGETS, modules: Iterable[str] = MODULES) -> list[Row]:
-    """Compiles all cases of the modules for the targets, in one process for each CPU, and counts their traffic."""
+def report(targets: Iterable[str] = TARGETS, modules: Iterable[str] = MODULES, match: str = "") -> list[Row]:
+    """Compiles the modules' cases for the targets, in one process for each CPU, and counts their traffic. match: a regular expression
+    that is to be found in the names of the cases; by default in all."""
     targets, modules = list(targets), list(modules)
     if not modules:
         raise ValueError("no module lists Triton kernels to compile")
@@ -159,8 +166,13 @@ def report(targets: Iterable[str] = TARGETS, modules: Iterable[str] = MODULES) -
         raise ValueError(f"unknown target {', '.join(sorted(unknown))}: expected {', '.join(TARGETS)}")
     with _processes(interpret=True) as pool:
         cases = [
-            (module, name) for module, names in zip(modules, pool.map(_names, modules), strict=True) for name in names
+            (module, name)
+            for module, names in zip(modules, pool.map(_names, modules), strict=True)
+            for name in names
+            if re.search(match, name)
         ]
+        if not cases:
+            raise ValueError(f"no case's name matches {match}")
         counted = list(pool.map(_count, cases))
     with _processes(interpret=False) as pool:
         rows = list(pool.map(_compile, [(*case, target) for case in cases for target in targets]))
@@ -380,14 +392,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--module", action="append", help="a module with compile_cases(); may be repeated; default: all"
     )
+    parser.add_argument("--match", default="", help="a regular expression for the names of the cases; default: all")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print rows, violations and versions as JSON")
     form.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     given = parser.parse_args(arguments)
     try:
         used = versions(given.target or TARGETS)
-        rows = report(given.target or TARGETS, given.module or MODULES)
-    except (ImportError, AttributeError, RuntimeError, ValueError) as error:
+        rows = report(given.target or TARGETS, given.module or MODULES, given.match)
+    except (ImportError, AttributeError, RuntimeError, ValueError, re.error) as error:
         print(f"cannot compile the kernels: {error}", file=sys.stderr)
         return 2
     broken = violations(rows)

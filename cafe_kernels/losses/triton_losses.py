@@ -19,12 +19,12 @@ from torch import Tensor
 
 from cafe_kernels.losses.ops import parts_of
 
-BLOCK_K, BLOCK_T = 16, 16
+BLOCK_K, BLOCK_T, CHUNK = 16, 16, 32
 # Three bfloat16 parts of a float32 and six products: float32's digits on the tensor cores of NVIDIA and AMD.
 PRECISION = tl.constexpr(
     "ieee" if os.environ.get("TRITON_INTERPRET") == "1" else "bf16x6"
 )  # the interpreter has float32's own product
-LAUNCH = {"num_warps": 4, "num_stages": 1}  # of the kernels with products, whose registers are the limit
+LAUNCH = {"num_warps": 4, "num_stages": 1}
 
 
 def unavailable(h: Tensor, table: Tensor) -> str | None:
@@ -39,13 +39,13 @@ def unavailable(h: Tensor, table: Tensor) -> str | None:
 
 
 @triton.jit
-def _rows(table, intents, item_intent, ids, live, columns, dim, COMPOSED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rows(table, intents, item_intent, ids, live, columns, DIM: tl.constexpr, COMPOSED: tl.constexpr):  # type: ignore[no-untyped-def]
     """E of `ids` (n,), float32 (n, len(columns)); zeros where not live."""
-    inside = live[:, None] & (columns < dim)[None, :]
-    rows = tl.load(table + ids[:, None] * dim + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    inside = live[:, None] & (columns < DIM)[None, :]
+    rows = tl.load(table + ids[:, None] * DIM + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     if COMPOSED:
         intent = tl.load(item_intent + ids, mask=live, other=0)
-        rows += tl.load(intents + intent[:, None] * dim + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        rows += tl.load(intents + intent[:, None] * DIM + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     return rows
 
 
@@ -66,17 +66,17 @@ def _sigmoid(x):  # type: ignore[no-untyped-def]
 @triton.jit
 def token_kernel(  # type: ignore[no-untyped-def]
     h, table, intents, item_intent, positives, negatives, ignore, positive_log_q, negative_log_q, weights,
-    losses, dh, coefficients, tokens, count, dim, positive_weight, negative_weight,
+    losses, dh, coefficients, tokens, count, positive_weight, negative_weight,
     SOFTMAX: tl.constexpr, COMPOSED: tl.constexpr, IGNORE: tl.constexpr, LOG_Q: tl.constexpr, WEIGHTS: tl.constexpr,
-    GRADIENTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    GRADIENTS: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_K)
-    token = tl.load(h + t * dim + columns, mask=columns < dim, other=0.0)
+    token = tl.load(h + t * DIM + columns, mask=columns < DIM, other=0.0)
     positive_id = tl.load(positives + t)
     one = tl.zeros((1,), tl.int64)
-    own = tl.sum(_rows(table, intents, item_intent, positive_id + one, one == 0, columns, dim, COMPOSED), 0)
+    own = tl.sum(_rows(table, intents, item_intent, positive_id + one, one == 0, columns, DIM, COMPOSED), 0)
     positive = tl.sum(own * token)
     if LOG_Q:
         positive -= tl.load(positive_log_q + t)
@@ -90,7 +90,7 @@ def token_kernel(  # type: ignore[no-untyped-def]
         live = first + k < count
         at = t * count + first + k
         ids = tl.load(negatives + at, mask=live, other=0)
-        rows = _rows(table, intents, item_intent, ids, live, columns, dim, COMPOSED)
+        rows = _rows(table, intents, item_intent, ids, live, columns, DIM, COMPOSED)
         logits = tl.sum(rows * token[None, :], 1)
         if LOG_Q:
             logits -= tl.load(negative_log_q + at, mask=live, other=0.0)
@@ -129,22 +129,25 @@ def token_kernel(  # type: ignore[no-untyped-def]
         slope = -weight * positive_weight * _sigmoid(-positive)
     tl.store(losses + t, loss)
     if GRADIENTS:
-        tl.store(dh + t * dim + columns, gradient + slope * own, mask=columns < dim)
+        tl.store(dh + t * DIM + columns, gradient + slope * own, mask=columns < DIM)
         tl.store(coefficients + t, slope)
 
 
 @triton.jit
 def _shared_logits(  # type: ignore[no-untyped-def]
-    token, live_tokens, t, positive_id, table, intents, item_intent, negatives, sequence, ignore, negative_log_q,
-    group, first, count, columns, dim,
-    COMPOSED: tl.constexpr, IGNORE: tl.constexpr, SEQUENCE: tl.constexpr, LOG_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    h, live_tokens, t, positive_id, table, intents, item_intent, ids, live, k, sequence, ignore, negative_log_q,
+    group, count,
+    COMPOSED: tl.constexpr, IGNORE: tl.constexpr, SEQUENCE: tl.constexpr, LOG_Q: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The logits (tokens, BLOCK_K) of negatives first ... of a group, -inf where hidden, and their rows."""
-    k = first + tl.arange(0, BLOCK_K)
-    live = k < count
-    ids = tl.load(negatives + group * count + k, mask=live, other=0)
-    rows = _rows(table, intents, item_intent, ids, live, columns, dim, COMPOSED)
-    logits = tl.dot(token, tl.trans(rows), input_precision=PRECISION)
+    """The logits (tokens, BLOCK_K) of the negatives `ids`, k of a group, -inf where hidden. By CHUNK columns, for the registers."""
+    logits = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    for begin in range(0, DIM, CHUNK):
+        columns = begin + tl.arange(0, CHUNK)
+        inside = live_tokens[:, None] & (columns < DIM)[None, :]
+        token = tl.load(h + t[:, None] * DIM + columns[None, :], mask=inside, other=0.0)
+        rows = _rows(table, intents, item_intent, ids, live, columns, DIM, COMPOSED)
+        logits = tl.dot(token, tl.trans(rows), logits, input_precision=PRECISION)
     if LOG_Q:
         logits -= tl.load(negative_log_q + group * count + k, mask=live, other=0.0)[None, :]
     hidden = (ids[None, :] == positive_id[:, None]) | (live == 0)[None, :]
@@ -155,16 +158,16 @@ def _shared_logits(  # type: ignore[no-untyped-def]
         both = live_tokens[:, None] & live[None, :]
         hidden = hidden | (tl.load(ignore + row[:, None] * count + k[None, :], mask=both, other=1) != 0)
     penalty = tl.where(hidden, 1.0, 0.0)  # a mask of floats: AMD's compiler cannot keep one of bits in shared memory
-    return tl.where(penalty > 0, float("-inf"), logits), rows
+    return tl.where(penalty > 0, float("-inf"), logits)
 
 
 @triton.jit
 def shared_kernel(  # type: ignore[no-untyped-def]
     h, table, intents, item_intent, positives, negatives, sequence, ignore, positive_log_q, negative_log_q, weights, starts,
-    losses, dh, coefficients, lse, count, dim, positive_weight, negative_weight,
+    losses, dh, coefficients, lse, count, positive_weight, negative_weight,
     SOFTMAX: tl.constexpr, COMPOSED: tl.constexpr, IGNORE: tl.constexpr, SEQUENCE: tl.constexpr, LOG_Q: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADIENTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """starts: the ranges of tokens; range r shares negatives row r (GROUPS), or all share the only row."""
     r = tl.program_id(0).to(tl.int64)
@@ -174,10 +177,10 @@ def shared_kernel(  # type: ignore[no-untyped-def]
     for begin in range(tl.load(starts + r), end, BLOCK_T):
         t = begin + tl.arange(0, BLOCK_T).to(tl.int64)
         live = t < end
-        inside = live[:, None] & (columns < dim)[None, :]
-        token = tl.load(h + t[:, None] * dim + columns[None, :], mask=inside, other=0.0)
+        inside = live[:, None] & (columns < DIM)[None, :]
+        token = tl.load(h + t[:, None] * DIM + columns[None, :], mask=inside, other=0.0)
         positive_id = tl.load(positives + t, mask=live, other=0)
-        own = _rows(table, intents, item_intent, positive_id, live, columns, dim, COMPOSED)
+        own = _rows(table, intents, item_intent, positive_id, live, columns, DIM, COMPOSED)
         positive = tl.sum(own * token, 1)
         if LOG_Q:
             positive -= tl.load(positive_log_q + t, mask=live, other=0.0)
@@ -187,10 +190,13 @@ def shared_kernel(  # type: ignore[no-untyped-def]
         weight = tl.zeros((BLOCK_T,), tl.float32) + 1.0
         if WEIGHTS:
             weight = tl.load(weights + t, mask=live, other=0.0)
-        for first in range(0, count, BLOCK_K):
-            logits, rows = _shared_logits(
-                token, live, t, positive_id, table, intents, item_intent, negatives, sequence, ignore, negative_log_q,
-                group, first, count, columns, dim, COMPOSED, IGNORE, SEQUENCE, LOG_Q, BLOCK_K,
+        for first in tl.range(0, count, BLOCK_K, disable_licm=True):
+            k = first + tl.arange(0, BLOCK_K)
+            there = k < count
+            ids = tl.load(negatives + group * count + k, mask=there, other=0)
+            logits = _shared_logits(
+                h, live, t, positive_id, table, intents, item_intent, ids, there, k, sequence, ignore, negative_log_q,
+                group, count, COMPOSED, IGNORE, SEQUENCE, LOG_Q, BLOCK_T, BLOCK_K, DIM, CHUNK,
             )  # fmt: skip
             if SOFTMAX:
                 higher = tl.maximum(top, tl.max(logits, 1))
@@ -204,6 +210,7 @@ def shared_kernel(  # type: ignore[no-untyped-def]
                 others += tl.sum(tl.where(hidden, 0.0, _softplus(logits)), 1)
                 shares = tl.where(hidden, 0.0, _sigmoid(logits))
             if GRADIENTS:
+                rows = _rows(table, intents, item_intent, ids, there, columns, DIM, COMPOSED)
                 gradient += tl.dot(shares, rows, input_precision=PRECISION)
         if SOFTMAX:
             total = others + tl.exp(positive - top)
@@ -217,7 +224,7 @@ def shared_kernel(  # type: ignore[no-untyped-def]
             gradient *= (weight * negative_weight)[:, None]
         tl.store(losses + t, loss, mask=live)
         if GRADIENTS:
-            out = dh + t[:, None] * dim + columns[None, :]
+            out = dh + t[:, None] * DIM + columns[None, :]
             tl.store(out, gradient + slope[:, None] * own, mask=inside)
             tl.store(coefficients + t, slope, mask=live)
 
@@ -225,26 +232,26 @@ def shared_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def columns_kernel(  # type: ignore[no-untyped-def]
     h, table, intents, item_intent, positives, negatives, sequence, ignore, negative_log_q, weights, starts, lse,
-    negative_rows, count, dim, stride, negative_weight,
+    negative_rows, count, stride, negative_weight,
     SOFTMAX: tl.constexpr, COMPOSED: tl.constexpr, IGNORE: tl.constexpr, SEQUENCE: tl.constexpr, LOG_Q: tl.constexpr,
-    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    WEIGHTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * BLOCK_K
     group = r if GROUPS else r * 0
     columns = tl.arange(0, BLOCK_D)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    there = k < count
+    ids = tl.load(negatives + group * count + k, mask=there, other=0)
     gradient = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     end = tl.load(starts + r + 1)
-    for begin in range(tl.load(starts + r), end, BLOCK_T):
+    for begin in tl.range(tl.load(starts + r), end, BLOCK_T, disable_licm=True):
         t = begin + tl.arange(0, BLOCK_T).to(tl.int64)
         live = t < end
-        token = tl.load(
-            h + t[:, None] * dim + columns[None, :], mask=live[:, None] & (columns < dim)[None, :], other=0.0
-        )
         positive_id = tl.load(positives + t, mask=live, other=0)
-        logits, _ = _shared_logits(
-            token, live, t, positive_id, table, intents, item_intent, negatives, sequence, ignore, negative_log_q,
-            group, first, count, columns, dim, COMPOSED, IGNORE, SEQUENCE, LOG_Q, BLOCK_K,
+        logits = _shared_logits(
+            h, live, t, positive_id, table, intents, item_intent, ids, there, k, sequence, ignore, negative_log_q,
+            group, count, COMPOSED, IGNORE, SEQUENCE, LOG_Q, BLOCK_T, BLOCK_K, DIM, CHUNK,
         )  # fmt: skip
         if SOFTMAX:
             slopes = tl.exp(logits - tl.load(lse + t, mask=live, other=0.0)[:, None])
@@ -253,23 +260,25 @@ def columns_kernel(  # type: ignore[no-untyped-def]
         if WEIGHTS:
             slopes *= tl.load(weights + t, mask=live, other=0.0)[:, None]
         slopes = tl.where(live[:, None], slopes, 0.0)
+        token = tl.load(
+            h + t[:, None] * DIM + columns[None, :], mask=live[:, None] & (columns < DIM)[None, :], other=0.0
+        )
         gradient += tl.dot(tl.trans(slopes), token, input_precision=PRECISION)
-    k = first + tl.arange(0, BLOCK_K)
     out = negative_rows + (r * count + k)[:, None] * stride + columns[None, :]
-    tl.store(out, gradient, mask=(k < count)[:, None] & (columns < dim)[None, :])
+    tl.store(out, gradient, mask=there[:, None] & (columns < DIM)[None, :])
 
 
 @triton.jit
 def segments_kernel(  # type: ignore[no-untyped-def]
-    order, starts, targets, h, coefficients, rows, scale, out, entries, factors, tokens, negatives, dim, stride,
-    TARGETS: tl.constexpr, BLOCK_D: tl.constexpr,
+    order, starts, targets, h, coefficients, rows, scale, out, entries, factors, tokens, negatives, stride,
+    TARGETS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Segments that are not there start at `entries`."""
     segment = tl.program_id(0).to(tl.int64)
     begin = tl.load(starts + segment)
     if begin < entries:
         columns = tl.arange(0, BLOCK_D)
-        inside = columns < dim
+        inside = columns < DIM
         total = tl.zeros((BLOCK_D,), tl.float32)
         for place in range(begin, tl.load(starts + segment + 1)):
             e = tl.load(order + place)
@@ -277,13 +286,13 @@ def segments_kernel(  # type: ignore[no-untyped-def]
                 t = e
                 if e >= tokens:
                     t = (e - tokens) // negatives
-                total += tl.load(coefficients + e) * tl.load(h + t * dim + columns, mask=inside, other=0.0)
+                total += tl.load(coefficients + e) * tl.load(h + t * DIM + columns, mask=inside, other=0.0)
             else:
                 total += tl.load(rows + (e - factors) * stride + columns, mask=inside, other=0.0)
         row = segment
         if TARGETS:
             row = tl.load(targets + segment)
-        tl.store(out + row * dim + columns, total * tl.load(scale), mask=inside)
+        tl.store(out + row * DIM + columns, total * tl.load(scale), mask=inside)
 
 
 def forward(
@@ -314,13 +323,13 @@ def forward(
     ignore = None if ignore is None else ignore.view(torch.uint8)
     common: dict[str, Any] = {
         "SOFTMAX": kind == "softmax", "COMPOSED": intents is not None, "IGNORE": ignore is not None,
-        "LOG_Q": positive_log_q is not None, "WEIGHTS": weights is not None, "BLOCK_D": _block(dim),
+        "LOG_Q": positive_log_q is not None, "WEIGHTS": weights is not None, "DIM": dim, "BLOCK_D": _block(dim),
     }  # fmt: skip
     inputs = h, table, intents, item_intent, positives, negatives
     if negatives.dim() == 2 and sequence is None:
         token_kernel[(tokens,)](
-            *inputs, ignore, positive_log_q, negative_log_q, weights, losses, dh, coefficients, tokens, count, dim,
-            positive_weight, negative_weight, GRADIENTS=gradients is not None, BLOCK_K=BLOCK_K, **common,
+            *inputs, ignore, positive_log_q, negative_log_q, weights, losses, dh, coefficients, tokens, count,
+            positive_weight, negative_weight, GRADIENTS=gradients is not None, BLOCK_K=BLOCK_K, **common, **LAUNCH,
         )  # fmt: skip
         return losses, losses.sum()
     groups = negatives.dim() == 2
@@ -329,15 +338,16 @@ def forward(
     starts = torch.searchsorted(sequence, rows) if groups and sequence is not None else rows * tokens // ranges
     blocks = -(-tokens // BLOCK_T)
     fine = starts if groups else (torch.arange(blocks + 1, device=h.device) * BLOCK_T).clamp(max=tokens)
-    common |= {"SEQUENCE": sequence is not None, "GROUPS": groups, "BLOCK_T": BLOCK_T, "BLOCK_K": BLOCK_K, **LAUNCH}
+    common |= {"SEQUENCE": sequence is not None, "GROUPS": groups, "BLOCK_T": BLOCK_T, "BLOCK_K": BLOCK_K}
+    common |= {"CHUNK": min(CHUNK, _block(dim)), **LAUNCH}
     lse = torch.empty_like(losses)
     shared_kernel[(len(fine) - 1,)](
-        *inputs, sequence, ignore, positive_log_q, negative_log_q, weights, fine, losses, dh, coefficients, lse, count, dim,
+        *inputs, sequence, ignore, positive_log_q, negative_log_q, weights, fine, losses, dh, coefficients, lse, count,
         positive_weight, negative_weight, GRADIENTS=gradients is not None, **common,
     )  # fmt: skip
     if gradients:
         columns_kernel[(ranges, triton.cdiv(count, BLOCK_K))](
-            *inputs, sequence, ignore, negative_log_q, weights, starts, lse, negative_rows, count, dim,
+            *inputs, sequence, ignore, negative_log_q, weights, starts, lse, negative_rows, count,
             negative_rows.shape[1], negative_weight, **common,
         )  # fmt: skip
     return losses, losses.sum()
@@ -398,7 +408,7 @@ def _sum(
         negatives = max(1, (len(coefficients) - len(h)) // max(1, len(h)))
         segments_kernel[(segments,)](
             order, starts, targets, h, coefficients, rows, scale, out, len(order), len(coefficients), len(h), negatives,
-            out.shape[1], rows.shape[1], TARGETS=targets is not None, BLOCK_D=_block(out.shape[1]),
+            rows.shape[1], TARGETS=targets is not None, DIM=out.shape[1], BLOCK_D=_block(out.shape[1]), **LAUNCH,
         )  # fmt: skip
     return out
 
@@ -426,7 +436,7 @@ def compile_cases() -> list[dict[str, Any]]:
             "LOG_Q": softmax,
         }
         flags |= {"WEIGHTS": False, "GRADIENTS": True, "GROUPS": False, "TARGETS": False}
-        flags |= {"BLOCK_K": BLOCK_K, "BLOCK_T": BLOCK_T, "BLOCK_D": 128}
+        flags |= {"BLOCK_K": BLOCK_K, "BLOCK_T": BLOCK_T, "DIM": 128, "BLOCK_D": 128, "CHUNK": CHUNK}
         for kernel in (token_kernel, shared_kernel, columns_kernel, segments_kernel):
             if kernel is segments_kernel and (dtype, softmax) != ("fp32", True):
                 continue
@@ -434,13 +444,12 @@ def compile_cases() -> list[dict[str, Any]]:
             absent = {"weights": None} | ({} if softmax else {"positive_log_q": None, "negative_log_q": None})
             absent |= {"targets": None}
             of_table = {"table": f"*{dtype}", "intents": f"*{dtype}"}
-            launch = LAUNCH if "BLOCK_T" in names else {"num_warps": 4, "num_stages": 3}
             if kernel is segments_kernel:
                 of_table["negatives"] = whole
             constexprs = {n: v for n, v in (flags | absent).items() if n in names}
             signature = {n: "constexpr" if n in constexprs else (types | of_table).get(n, whole) for n in names}
             cases.append({
                 "name": f"{kernel.__name__}, {'softmax' if softmax else 'bce'}, d=128, {dtype} table", "kernel": kernel,
-                "signature": signature, "constexprs": constexprs, **launch, "dtype": "fp32",
+                "signature": signature, "constexprs": constexprs, **LAUNCH, "dtype": "fp32",
             })  # fmt: skip
     return cases

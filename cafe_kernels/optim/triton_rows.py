@@ -159,7 +159,7 @@ def update(
         beta1, beta2, 1 - beta1, 1 - beta2, math.log(beta1) if beta1 else -1e30, math.log(beta2) if exact else 0.0, eps,
         1 - lr * weight_decay, lr * root / (1 - beta1**step), root * eps if exact else eps, seed or 0,
         dim=dim, BLOCK=block, GRADIENT=values is not None, EXACT=exact, STOCHASTIC=seed is not None,
-        NEGLIGIBLE=past.NEGLIGIBLE, num_warps=min(4, max(1, block // 128)),
+        NEGLIGIBLE=past.NEGLIGIBLE, num_warps=min(4, max(1, block // 128)), num_stages=1,
     )  # fmt: skip
 
 
@@ -191,6 +191,7 @@ def compile_cases() -> list[dict[str, Any]]:
                         "num_warps": 1,
                         "num_stages": 1,
                         "dtype": dtype,
+                        "matrix": False,  # no products
                     }
                 )
     return cases

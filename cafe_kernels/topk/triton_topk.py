@@ -20,6 +20,7 @@ from torch import Tensor
 from cafe_kernels.topk.reference import JOINS, exclusion_pairs
 
 ITEMS, USERS, STEP = 128, 32, 32  # of a tile, and entries of a row that are multiplied at once
+LAUNCH = {"num_warps": 4, "num_stages": 2}
 BYTES = 256 << 20  # for exact scores and for block bests
 
 
@@ -128,7 +129,7 @@ def _best(user: Tensor, table: Tensor, item_intent: Tensor, intent_scores: Tenso
     _block_best[(blocks, -(-len(user) // USERS))](
         user, table, item_intent, given, best, len(user), len(table), given.shape[1], blocks,
         DIM=table.shape[1], HAS_INTENTS=intent_scores is not None, SIGMOID=join == "log_sigmoid",
-        USERS=USERS, ITEMS=ITEMS, STEP=STEP,
+        USERS=USERS, ITEMS=ITEMS, STEP=STEP, **LAUNCH,
     )  # fmt: skip
     return best
 
@@ -140,7 +141,7 @@ def _merge(
     """Fills the k best of the chosen blocks, (B, n) ascending."""
     dots = torch.empty(*chosen.shape, ITEMS, dtype=torch.float64, device=user.device)
     _exact[chosen.shape[1], len(user)](
-        user, table, chosen, dots, len(table), chosen.shape[1], DIM=table.shape[1], ITEMS=ITEMS
+        user, table, chosen, dots, len(table), chosen.shape[1], DIM=table.shape[1], ITEMS=ITEMS, **LAUNCH
     )
     ids = (chosen[:, :, None] * ITEMS + torch.arange(ITEMS, device=user.device)).flatten(1)
     joint = JOINS[join](dots.flatten(1))
@@ -173,9 +174,8 @@ def compile_cases() -> list[dict[str, Any]]:
             "kernel": kernel,
             "signature": {x: "constexpr" if x in constants else types.get(x, "i32") for x in kernel.arg_names},
             "constexprs": constants,
-            "num_warps": 4,
-            "num_stages": 2,
             "dtype": "fp32",
+            **LAUNCH,
         }
         for name, kernel, constants in cases
     ]
