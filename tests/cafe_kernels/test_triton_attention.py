@@ -8,18 +8,13 @@ float16 and bfloat16: what is stored, the weights and the gradients of the logit
 is made of carry 2^-11 and 2^-8 (the interpreter cuts bfloat16 off, a GPU rounds it to 2^-9); a few of them add up.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from cafe_kernels.attention import distance_attention, ops
+from tests.interpreter import INTERPRETED, check_compile_cases, run_python
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TOLERANCE = {F32: 5e-6, F16: 2**-9, BF16: 2**-6}
 OPTIONS = {
@@ -60,11 +55,7 @@ CASES = [
 if not INTERPRETED:
 
     def test_in_the_interpreter():
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", str(Path(__file__).resolve())]
-        run = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-        assert f"{len(CASES)} cases" in run.stdout
+        assert f"{len(CASES)} cases" in run_python("-m", "pytest", "-x", __file__)
 
     def kernels():
         from cafe_kernels.attention import triton_long, triton_short
@@ -72,13 +63,7 @@ if not INTERPRETED:
         return triton_short.compile_cases() + triton_long.compile_cases()
 
     def test_compile_cases_fit_their_kernels():
-        cases = kernels()
-        assert len({case["name"] for case in cases}) == len(cases)
-        for case in cases:
-            assert list(case["signature"]) == case["kernel"].arg_names
-            constant = {name for name, kind in case["signature"].items() if kind == "constexpr"}
-            assert constant == case["constexprs"].keys()
-            assert constant >= {p.name for p in case["kernel"].params if p.is_constexpr}
+        check_compile_cases(kernels())
 
     @pytest.mark.parametrize("name", ["short_forward", "short_backward", "long_forward", "long_backward"])
     def test_compiles_for_a_width_that_is_no_power_of_two(name):
@@ -103,7 +88,8 @@ else:
     from hypothesis import given, settings
     from hypothesis import strategies as st
 
-    from cafe_kernels.attention import choose_backend, triton_long, triton_short
+    from cafe_kernels.attention import triton_long, triton_short
+    from cafe_kernels.backends import choose_backend
     from tests.cafe_kernels.test_cpu_attention import check, compute, packed, truth
 
     @pytest.mark.parametrize(("heads", "dim", "dtype", "option", "lengths"), CASES)
@@ -197,15 +183,15 @@ else:
     def test_choice_of_backend(monkeypatch):
         """The interpreter is never chosen by itself."""
         q = torch.zeros(5, 1, 16)
-        assert choose_backend(q, None) == "cpu"
+        assert choose_backend(None, ops.backend_module, q) == "cpu"
         monkeypatch.setenv("CAFE_KERNELS_BACKEND", "triton")
-        assert choose_backend(q, None) == "triton"
+        assert choose_backend(None, ops.backend_module, q) == "triton"
         for wrong, message in (
             (q.double(), "it takes float32, float16 and bfloat16, got torch.float64"),
             (torch.zeros(5, 1, 257), "it takes heads of at most 256 columns, got 257"),
         ):
             with pytest.raises(ValueError, match=f"backend 'triton' cannot run: {message}"):
-                choose_backend(wrong, None)
+                choose_backend(None, ops.backend_module, wrong)
         with pytest.raises(ValueError, match="sequences of at most 8192 tokens, got 9000"):
             distance_attention(q, q, q, None, torch.tensor([0, 5], dtype=torch.int32), max_seqlen=9000)
 
