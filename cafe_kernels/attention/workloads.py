@@ -9,7 +9,7 @@ import torch
 # 32 quantiles of the lengths in Amazon Beauty's training histories (two left out, 50 kept), shuffled once.
 BEAUTY = [3, 3, 14, 6, 5, 3, 3, 4, 4, 9, 5, 6, 10, 7, 3, 6, 3, 8, 3, 5, 4, 19, 3, 4, 4, 5, 3, 3, 4, 12, 34, 7]
 SHORT = {"8 x 50": [50] * 8, "Beauty": BEAUTY}
-LONG = {"2 x 200": [200] * 2, "1 x 1024": [1024]}
+LONG = {"2 x 200": [200] * 2}
 HEADS = 2
 
 
