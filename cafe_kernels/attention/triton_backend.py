@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MISSING, INTERPRETED = "", False
 try:
     from cafe_kernels.attention import triton_common, triton_long, triton_short
 
-    INSTALLED, INTERPRETED = True, bool(triton_common.INTERPRETED)
-except ImportError:  # triton has no wheels for some platforms
-    INSTALLED = INTERPRETED = False
+    INTERPRETED = bool(triton_common.INTERPRETED)
+except ImportError as error:  # triton has no wheels for some platforms
+    MISSING = str(error)
 
 HEAD_DIM, LONGEST = 256, 8192  # the largest head width and the longest sequence
 
 
 def unavailable(q: Tensor) -> str | None:
-    if not INSTALLED:
-        return "triton is not installed: pip install triton"
+    if MISSING:
+        return f"{MISSING}; pip install -U triton"
     if not (q.is_cuda or INTERPRETED):
         return (
             f"it runs on a GPU, q is on {q.device}; TRITON_INTERPRET=1 in the environment interprets it there, slowly"

@@ -5,6 +5,7 @@ Logits are kept in base 2: exp2 is one instruction on a GPU, exp is two. Loops s
 before them, index by index, would fill the registers.
 """
 
+import inspect
 import itertools
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+if "disable_licm" not in inspect.signature(tl.range).parameters:
+    raise ImportError(f"triton {triton.__version__} is too old: it has no tl.range(..., disable_licm)")
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 REDUCED = 16  # distances that one program of the last reduction sums

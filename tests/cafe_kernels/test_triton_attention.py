@@ -78,10 +78,13 @@ if not INTERPRETED:
                 options = {"num_warps": case["num_warps"], "num_stages": case["num_stages"]}
                 assert "mma" in triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"]
 
-    def test_refusals():
+    def test_refusals(monkeypatch):
         q = torch.zeros(5, 2, 16)
         cu = torch.tensor([0, 5], dtype=torch.int32)
         with pytest.raises(ValueError, match="it runs on a GPU, q is on cpu; TRITON_INTERPRET=1"):
+            distance_attention(q, q, q, None, cu, backend="triton")
+        monkeypatch.setattr(ops.backend_module("triton"), "MISSING", "No module named 'triton'")
+        with pytest.raises(ValueError, match="cannot run: No module named 'triton'; pip install"):
             distance_attention(q, q, q, None, cu, backend="triton")
 
 else:
