@@ -1,0 +1,272 @@
+# mypy: allow-untyped-defs
+"""Distance-mask attention on a GPU for sequences of at most 64 tokens (Eq. 5-6, as reference.py), forward and backward.
+
+A program owns the sequences that begin in its share of the packed tokens, and walks them in blocks of whole sequences with at most
+64 tokens together. A block's logits are one 64 x 64 tile on the chip, so the softmax needs no second look, and the backward pass
+finds dq, dk, dv in one go, from q, k, v and grad_out alone. A block ends where the sequence begins that does not fit any more,
+which one number tells: `starts[token]`, where the token's sequence begins. So nobody plans, and nothing waits for the CPU. (A NaN or
+an infinity may spoil the other sequences of its block, since 0 * NaN is NaN.)
+
+log_theta depends on i - j alone, inside a block as well as in a sequence: its tile is spread once a program, and its gradient is the
+sum of all tiles' gradients, whose diagonals are summed once a program, in a row of the program's own. A last kernel sums the rows,
+always in the same order: there are no atomics.
+"""
+
+import functools
+import itertools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cafe_kernels.attention.triton_common import (
+    LOG2_E,
+    TYPES,
+    UNSPECIALIZED,
+    WIDTHS_TYPES_EXTRAS,
+    case,
+    dot,
+    drop_bits,
+    dropout,
+    from_column,
+    load,
+    mark_dropped,
+    product,
+    reduce,
+    skew,
+    store,
+    zero_dropped,
+)
+
+BLOCK = 64  # tokens of a block, and the longest sequence
+PROGRAMS = 1024  # at most so many work on all heads together: a few times what runs at once on a large GPU
+
+
+def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
+    """How the kernels are compiled. CHUNK: columns of q, k, v worked on at a time; where it is less than all, the backward pass reads q,
+    k and grad_out twice. The largest chunks without spilled registers on sm_80, sm_90 and sm_100."""
+    columns = max(16, triton.next_power_of_2(head_dim))
+    if itemsize == 4:
+        return {"CHUNK": 16, "num_warps": 8, "num_stages": 1}
+    return {"CHUNK": min(columns, 64), "num_warps": 8 if backward and columns > 64 else 4, "num_stages": 1}
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def sequence_starts(cu_seqlens, starts, sequences, total, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    s = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    begin = tl.load(cu_seqlens + s, mask=s < sequences, other=0)[:, None]
+    end = tl.load(cu_seqlens + s + 1, mask=s < sequences, other=0)[:, None]
+    token = begin + tl.arange(0, BLOCK)[None, :]
+    tl.store(starts + token, begin + 0 * token, mask=(token < end) & (token < total))
+
+
+@triton.jit
+def _first_start(starts, token, total, BLOCK: tl.constexpr):
+    """The first token from `token` on that begins a sequence, or total."""
+    t = token + tl.arange(0, BLOCK)
+    return tl.min(tl.where(tl.load(starts + t, mask=t < total, other=-1) == t, t, total), 0)
+
+
+@triton.jit
+def _block_end(starts, begin, end, BLOCK: tl.constexpr):
+    """Where the last sequence that fits ends. Clamped, so that a wrong max_seqlen gives wrong numbers but no endless loop."""
+    cut = tl.load(starts + begin + BLOCK, mask=begin + BLOCK < end, other=end)
+    return tl.minimum(tl.maximum(cut, begin + 1), begin + BLOCK)
+
+
+@triton.jit
+def _bias(log_theta, head, distances, window, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """log_theta[i - j] in base 2, and -inf for what is in the future or beyond the window."""
+    t = tl.arange(0, BLOCK)
+    distance = t[:, None] - t[None, :]
+    bias = tl.zeros((BLOCK, BLOCK), tl.float32)
+    if HAS_BIAS:
+        row = tl.load(log_theta + head * distances + t, mask=t < distances, other=0.0) * LOG2_E
+        bias = tl.gather(tl.broadcast_to(row[None, :], BLOCK, BLOCK), distance & (BLOCK - 1), 1)
+    return tl.where((distance >= 0) & (distance <= window), bias, float("-inf"))
+
+
+@triton.jit
+def _weights(logits, bias, first, scale, BLOCK: tl.constexpr):
+    """Softmax of scale * logits + bias over the keys from `first` on, before its division by the sum; the maximum, the sum."""
+    s = tl.where(from_column(first, BLOCK), logits * (scale * LOG2_E) + bias, float("-inf"))
+    largest = tl.max(s, 1)
+    p = tl.exp2(s - tl.where(largest == float("-inf"), 0.0, largest)[:, None])
+    return p, largest, tl.sum(p, 1)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def short_forward(
+    q, k, v, log_theta, starts, out, lse,
+    total, share, heads, distances, scale, window, threshold, keep_scale, seed, offset,
+    HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    program, head, stride = tl.program_id(0), tl.program_id(1), heads * HEAD_DIM
+    begin = _first_start(starts, program * share, total, BLOCK)
+    last = _first_start(starts, (program + 1) * share, total, BLOCK)
+    bias = _bias(log_theta, head, distances, window, HAS_BIAS, BLOCK)
+    while begin < last:
+        end = _block_end(starts, begin, last, BLOCK)
+        token, count = begin + tl.arange(0, BLOCK), end - begin
+        base = begin.to(tl.int64) * stride + head * HEAD_DIM
+        # Rows of no token look at themselves, so that they stay finite.
+        first = tl.load(starts + token, mask=token < end, other=token) - begin
+        if DROPOUT:  # the bits begin where the sequence does
+            bits = drop_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
+        logits = product(q + base, k + base, count, count, stride, HEAD_DIM, CHUNK, BLOCK)
+        p, largest, weight = _weights(logits, bias, first, scale, BLOCK)
+        tl.store(lse + head.to(tl.int64) * total + token, (largest + tl.log2(weight)) / LOG2_E, mask=token < end)
+        p *= (1 / weight)[:, None]
+        if DROPOUT:
+            p = mark_dropped(p, bits, BLOCK)
+            p = zero_dropped(p, p) * keep_scale
+        p = p.to(q.dtype.element_ty)
+        for c in range(0, HEAD_DIM, CHUNK):
+            column = c + tl.arange(0, CHUNK)
+            x = dot(p, load(v + base, count, column, stride, BLOCK, HEAD_DIM))
+            store(out + base, x, count, column, stride, BLOCK, HEAD_DIM)
+        begin = end
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def short_backward(
+    grad_out, q, k, v, log_theta, starts, dq, dk, dv, partial,
+    total, share, heads, distances, scale, window, threshold, keep_scale, seed, offset,
+    HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    program, head, stride = tl.program_id(0), tl.program_id(1), heads * HEAD_DIM
+    begin = _first_start(starts, program * share, total, BLOCK)
+    last = _first_start(starts, (program + 1) * share, total, BLOCK)
+    bias = _bias(log_theta, head, distances, window, HAS_BIAS, BLOCK)
+    dbias = tl.zeros((BLOCK, BLOCK), tl.float32)
+    while begin < last:
+        end = _block_end(starts, begin, last, BLOCK)
+        token, count = begin + tl.arange(0, BLOCK), end - begin
+        base = begin.to(tl.int64) * stride + head * HEAD_DIM
+        first = tl.load(starts + token, mask=token < end, other=token) - begin
+        if DROPOUT:
+            bits = drop_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
+        if CHUNK >= HEAD_DIM:  # everything is loaded once
+            column = tl.arange(0, CHUNK)
+            xq = load(q + base, count, column, stride, BLOCK, HEAD_DIM)
+            xk = load(k + base, count, column, stride, BLOCK, HEAD_DIM)
+            logits = dot(xq, tl.trans(xk))
+        else:
+            logits = product(q + base, k + base, count, count, stride, HEAD_DIM, CHUNK, BLOCK)
+        p, _, weight = _weights(logits, bias, first, scale, BLOCK)
+        p *= tl.where(weight == 0, 0.0, 1 / weight)[:, None]
+        if DROPOUT:
+            p = mark_dropped(p, bits, BLOCK)
+            dropped = tl.trans((zero_dropped(p, p) * keep_scale).to(q.dtype.element_ty))
+        else:
+            dropped = tl.trans(p.to(q.dtype.element_ty))
+        if CHUNK >= HEAD_DIM:
+            xo = load(grad_out + base, count, column, stride, BLOCK, HEAD_DIM)
+            store(dv + base, dot(dropped, xo), count, column, stride, BLOCK, HEAD_DIM)
+            dp = dot(xo, tl.trans(load(v + base, count, column, stride, BLOCK, HEAD_DIM)))
+        else:
+            for c in range(0, HEAD_DIM, CHUNK):
+                column = c + tl.arange(0, CHUNK)
+                xo = load(grad_out + base, count, column, stride, BLOCK, HEAD_DIM)
+                store(dv + base, dot(dropped, xo), count, column, stride, BLOCK, HEAD_DIM)
+            dp = product(grad_out + base, v + base, count, count, stride, HEAD_DIM, CHUNK, BLOCK)
+        if DROPOUT:
+            dp = zero_dropped(dp, p) * keep_scale
+            p = tl.abs(p)
+        ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+        dbias += ds
+        ds = (ds * scale).to(q.dtype.element_ty)
+        for c in range(0, HEAD_DIM, CHUNK):
+            column = c + tl.arange(0, CHUNK)
+            if CHUNK < HEAD_DIM:
+                xk = load(k + base, count, column, stride, BLOCK, HEAD_DIM)
+            store(dq + base, dot(ds, xk), count, column, stride, BLOCK, HEAD_DIM)
+            if CHUNK < HEAD_DIM:
+                xq = load(q + base, count, column, stride, BLOCK, HEAD_DIM)
+            store(dk + base, dot(tl.trans(ds), xq), count, column, stride, BLOCK, HEAD_DIM)
+        begin = end
+    if HAS_BIAS:
+        row = partial + (program * tl.num_programs(1) + head) * BLOCK + BLOCK - 1
+        tl.store(row - tl.arange(0, BLOCK), tl.sum(skew(dbias, BLOCK), 0))  # what is in the future is 0
+
+
+def _starts(cu_seqlens: Tensor, total: int) -> Tensor:
+    starts, sequences = torch.empty(total, dtype=torch.int32, device=cu_seqlens.device), len(cu_seqlens) - 1
+    sequence_starts[(triton.cdiv(sequences, 16),)](cu_seqlens, starts, sequences, total, ROWS=16, BLOCK=BLOCK)
+    return starts
+
+
+def _arguments(q: Tensor, log_theta: Tensor | None, options: tuple[Any, ...], backward: bool) -> tuple[Any, ...]:
+    """The grid; total ... offset of the kernels' parameters; the constants."""
+    (total, heads, head_dim), (scale, window, dropout_p, seed, offset) = q.shape, options
+    programs = min(triton.cdiv(total, BLOCK), max(1, PROGRAMS // heads))
+    distances = 0 if log_theta is None else log_theta.shape[1]
+    numbers = total, triton.cdiv(total, programs), heads, distances, scale, window if 0 <= window < BLOCK else BLOCK
+    constants = {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": log_theta is not None, "DROPOUT": dropout_p > 0}
+    constants |= config(head_dim, q.itemsize, backward)
+    return (programs, heads), (*numbers, *dropout(dropout_p), seed, offset), constants
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """`options`: scale, window (-1 for none), dropout_p, seed, offset."""
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    grid, numbers, constants = _arguments(q, log_theta, options, backward=False)
+    short_forward[grid](q, k, v, log_theta, _starts(cu_seqlens, len(q)), out, lse, *numbers, **constants)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor | None, cu_seqlens: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`rest`: out, lse, max_seqlen, which are not needed, and `options`."""
+    dq, dk, dv = (torch.empty_like(q) for _ in range(3))
+    grid, numbers, constants = _arguments(q, log_theta, rest[3:], backward=True)
+    partial = None if log_theta is None else q.new_empty(*grid, BLOCK, dtype=torch.float32)
+    starts = _starts(cu_seqlens, len(q))
+    short_backward[grid](grad_out, q, k, v, log_theta, starts, dq, dk, dv, partial, *numbers, **constants)
+    if log_theta is None or partial is None:
+        return dq, dk, dv, None
+    return dq, dk, dv, reduce(partial, torch.empty_like(log_theta))
+
+
+def compile_cases() -> list[dict[str, Any]]:
+    """What is compiled by default, for compilation without a GPU."""
+    found = [case("short_starts", sequence_starts, {"ROWS": 16, "BLOCK": BLOCK})]
+    for (head_dim, dtype, extras), backward in itertools.product(WIDTHS_TYPES_EXTRAS, (False, True)):
+        kernel = short_backward if backward else short_forward
+        constants = config(head_dim, TYPES[dtype].itemsize, backward)
+        name = f"{kernel.fn.__name__} d{head_dim} {dtype}" + (" mask dropout" if extras else "")
+        constants |= {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": extras, "DROPOUT": extras}
+        workloads = _workloads(head_dim, dtype, extras, backward)
+        found.append(case(name, kernel, constants, dtype) | {"workloads": workloads if head_dim == 64 else []})
+    return found
+
+
+def _workloads(head_dim: int, dtype: str, extras: bool, backward: bool) -> list[dict[str, Any]]:
+    """Small batches on which to count what the kernels move: all of 50 tokens, and as long as the histories of Amazon Beauty."""
+    beauty = [5] * 32 + [6] * 19 + [7] * 12 + [8] * 8 + [9] * 6 + [10, 11, 12, 13, 14, 15, 17, 19, 22, 25, 30, 36, 50]
+    again = config(head_dim, TYPES[dtype].itemsize, backward)["CHUNK"] < head_dim and backward
+    return [
+        {
+            "name": name,
+            "run": functools.partial(_run, lengths, head_dim, dtype, extras, backward),
+            "floor": (7 if backward else 4) * sum(lengths) * head_dim * TYPES[dtype].itemsize,
+            "bound": "distinct" if again else "issued",
+        }
+        for name, lengths in (("n=50", [50] * 16), ("Beauty's lengths", beauty))
+    ]
+
+
+def _run(lengths: list[int], head_dim: int, dtype: str, extras: bool, differentiate: bool) -> None:
+    q, k, v, grad_out = torch.zeros(4, sum(lengths), 1, head_dim, dtype=TYPES[dtype]).unbind()
+    log_theta = torch.zeros(1, 50) if extras else None
+    # Mixed, since the order of lengths decides how well the blocks are filled.
+    mixed = torch.tensor([0] + [lengths[i * 37 % len(lengths)] for i in range(len(lengths))])
+    inputs, options = (q, k, v, log_theta, mixed.cumsum(0).int()), (50, 1.0, -1, 0.1 if extras else 0.0, 0, 0)
+    out, lse = forward(*inputs, *options)
+    if differentiate:
+        backward(grad_out, *inputs, out, lse, *options)

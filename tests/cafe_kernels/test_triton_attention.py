@@ -1,0 +1,217 @@
+"""The Triton backend of distance_attention in Triton's interpreter against the reference in fp64.
+
+Triton looks at TRITON_INTERPRET when it is imported, so these tests run in a process of their own, which the first test starts.
+
+TOLERANCE bounds the norm of the error by the norm of the truth, as in test_cpu_attention.py, and single elements may be ten times as
+far off. float32 (u = 2^-24 = 6e-8): logits of size 5 carry some 10 u, the sums of up to 300 terms sqrt(300) u: together below 3e-6.
+float16 and bfloat16: what is stored, the weights and the gradients of the logits between two products, and the output that delta
+is made of carry 2^-11 and 2^-8 (the interpreter cuts bfloat16 off, a GPU rounds it to 2^-9); a few of them add up.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cafe_kernels.attention import distance_attention, ops
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+TOLERANCE = {F32: 5e-6, F16: 2**-9, BF16: 2**-6}
+OPTIONS = {
+    "plain": {},  # log_theta alone
+    "dropout": {"dropout_p": 0.3, "seed": 2**40 + 7, "offset": 2**33 + 5},
+    "window": {"window": 20},
+    "both": {"window": 40, "dropout_p": 0.5, "seed": 1, "scale": 0.2},
+}
+# All heads, widths, types, options and lengths on both paths, mixed.
+CASES = [
+    (1, 16, F32, "dropout", [0, 1, 2, 9, 50, 63, 64]),
+    (2, 20, F16, "dropout", [50, 9, 0, 64, 1, 2]),
+    (4, 64, BF16, "window", [9, 63, 2, 0, 50]),
+    (2, 128, F32, "both", [64, 1, 50, 0, 9]),
+    (4, 128, F16, "plain", [9, 50]),
+    (1, 64, F16, "both", [50, 63, 9, 9]),
+    (2, 64, F32, "dropout", [63, 2, 64]),
+    (4, 20, F32, "both", [2, 9]),
+    (1, 128, BF16, "dropout", [2, 64, 50]),
+    (2, 16, BF16, "plain", [9] * 20),
+    (1, 20, BF16, "window", [63, 64]),
+    (4, 16, F16, "window", [50]),
+    (1, 200, F32, "dropout", [50, 9, 2]),
+    (1, 256, BF16, "both", [64, 9]),
+    (1, 16, F32, "plain", [300, 0]),
+    (2, 20, F32, "dropout", [111, 0, 1]),
+    (1, 64, F16, "both", [111, 65, 9]),
+    (4, 64, BF16, "window", [65, 2]),
+    (1, 128, BF16, "plain", [70, 0, 50]),
+    (2, 16, BF16, "window", [64, 111]),
+    (1, 20, F16, "dropout", [65, 63]),
+    (2, 128, F32, "window", [65, 0]),
+    (4, 16, F16, "plain", [65]),
+    (1, 200, F16, "dropout", [65, 9]),
+    (1, 256, F32, "both", [65]),
+]
+
+if not INTERPRETED:
+
+    def test_in_the_interpreter():
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", str(Path(__file__).resolve())]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+        assert f"{len(CASES)} cases" in run.stdout
+
+    def kernels():
+        from cafe_kernels.attention import triton_long, triton_short
+
+        return triton_short.compile_cases() + triton_long.compile_cases()
+
+    def test_compile_cases_fit_their_kernels():
+        cases = kernels()
+        assert len({case["name"] for case in cases}) == len(cases)
+        for case in cases:
+            assert list(case["signature"]) == case["kernel"].arg_names
+            constant = {name for name, kind in case["signature"].items() if kind == "constexpr"}
+            assert constant == case["constexprs"].keys()
+            assert constant >= {p.name for p in case["kernel"].params if p.is_constexpr}
+
+    @pytest.mark.parametrize("name", ["short_forward", "short_backward", "long_forward", "long_backward"])
+    def test_compiles_for_a_width_that_is_no_power_of_two(name):
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        for case in kernels():
+            if case["name"].startswith(name) and case["name"].endswith("d16 bf16 mask dropout"):
+                constants = case["constexprs"] | {"HEAD_DIM": 12}
+                source = ASTSource(case["kernel"], case["signature"], constants)
+                options = {"num_warps": case["num_warps"], "num_stages": case["num_stages"]}
+                assert "mma" in triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"]
+
+    def test_refusals(monkeypatch):
+        q = torch.zeros(5, 2, 16)
+        cu = torch.tensor([0, 5], dtype=torch.int32)
+        with pytest.raises(ValueError, match="it runs on a GPU, q is on cpu; TRITON_INTERPRET=1"):
+            distance_attention(q, q, q, None, cu, backend="triton")
+        monkeypatch.setattr(ops.backend_module("triton"), "MISSING", "No module named 'triton'")
+        with pytest.raises(ValueError, match="cannot run: No module named 'triton'; pip install"):
+            distance_attention(q, q, q, None, cu, backend="triton")
+
+else:
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    from cafe_kernels.attention import choose_backend, triton_long, triton_short
+    from tests.cafe_kernels.test_cpu_attention import check, compute, packed, truth
+
+    @pytest.mark.parametrize(("heads", "dim", "dtype", "option", "lengths"), CASES)
+    def test_equals_reference(heads, dim, dtype, option, lengths):
+        arguments = packed(lengths, heads, dim, dtype)
+        actual = compute(*arguments, backend="triton", **OPTIONS[option])
+        assert actual["out"].dtype == actual["dv"].dtype == dtype
+        assert actual["dlog_theta"].dtype == F32
+        check(actual, truth(*arguments, **OPTIONS[option]), TOLERANCE[dtype])
+
+    @pytest.mark.parametrize("longest", [50, 100])
+    def test_programs_share_the_work(longest, monkeypatch):
+        """Few programs walk many blocks each, in both kinds of kernels."""
+        arguments = packed([longest, 3, 0, 33, 9, 50, 2, 20], 1, 16)
+        expected = truth(*arguments)
+        for programs in (2, 5):
+            monkeypatch.setattr(triton_short, "PROGRAMS", programs)
+            monkeypatch.setattr(triton_long, "PROGRAMS", programs)
+            check(compute(*arguments, backend="triton"), expected, TOLERANCE[F32])
+
+    @settings(max_examples=8, deadline=None, derandomize=True)
+    @given(
+        st.lists(st.integers(0, 64), max_size=9),
+        st.integers(1, 2),
+        st.integers(1, 40),
+        st.none() | st.integers(0, 70),
+        st.booleans(),
+    )
+    def test_any_lengths(lengths, heads, dim, window, learned):
+        q, k, v, log_theta, *rest = packed(lengths, heads, dim, seed=sum(lengths))
+        arguments = (q, k, v, log_theta if learned else None, *rest)
+        actual = compute(*arguments, window=window, backend="triton")
+        check(actual, truth(*arguments, window=window), TOLERANCE[F32], floor=1)
+
+    @pytest.mark.parametrize("lengths", [[3, 50], [3, 70]])
+    def test_without_log_theta(lengths):
+        q, k, v, _, *rest = packed(lengths, 1, 16)
+        arguments = (q, k, v, None, *rest)
+        check(compute(*arguments, backend="triton"), truth(*arguments), TOLERANCE[F32])
+
+    @pytest.mark.parametrize(("lengths", "hidden"), [([3, 50], -float("inf")), ([3, 70], -float("inf")), ([50], -1e38)])
+    def test_log_theta_hides_distances(lengths, hidden):
+        arguments = packed(lengths, 1, 16)
+        arguments[3][:, 1::2] = hidden
+        check(compute(*arguments, backend="triton"), truth(*arguments), TOLERANCE[F32])
+
+    @pytest.mark.filterwarnings("ignore:divide by zero|invalid value:RuntimeWarning")
+    @pytest.mark.parametrize("lengths", [[3, 50], [3, 70]])
+    def test_nothing_to_attend_to_is_nan(lengths):
+        q, k, v, log_theta, _, cu = packed(lengths, 1, 16)
+        log_theta[:, 0] = -float("inf")  # the first token of a sequence has nothing else
+        out = distance_attention(q, k, v, log_theta, cu, backend="triton")
+        expected = distance_attention(q, k, v, log_theta, cu, backend="reference")
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert out.isnan().any(-1).sum() == 2
+
+    def test_gradient_is_zero_beyond_the_longest_distance():
+        arguments = packed([9, 50], 2, 16)
+        wide = torch.cat([arguments[3], torch.ones(2, 200)], 1)
+        found = compute(*arguments[:3], wide, *arguments[4:], backend="triton")["dlog_theta"]
+        assert (found[:, :50] != 0).all()
+        assert (found[:, 50:] == 0).all()
+
+    def operator_arguments(longest, dtype, learned):
+        q, k, v, log_theta, grad_out, cu = packed([2, 0, longest], 1, 16, dtype)
+        return [q, k, v, log_theta if learned else None], cu, grad_out, (0, 0.25, -1, 0.0, 5, 0, "triton")
+
+    @pytest.mark.parametrize(("longest", "dtype", "learned"), [(20, F32, True), (65, F16, True), (20, F16, False)])
+    def test_opcheck(longest, dtype, learned):
+        inputs, cu, grad_out, options = operator_arguments(longest, dtype, learned)
+        out, lse = ops.forward_op(*inputs, cu, *options)
+        torch.library.opcheck(ops.backward_op, (grad_out, *inputs, cu, out, lse, *options))
+        leaves = [x if x is None else x.requires_grad_() for x in inputs]
+        torch.library.opcheck(ops.forward_op, (*leaves, cu, *options))
+
+    @pytest.mark.parametrize("longest", [20, 70])
+    def test_log_sum_exp(longest):
+        (q, k, v, log_theta), cu, _, options = operator_arguments(longest, F32, True)
+        _, lse = ops.forward_op(q, k, v, log_theta, cu, *options)
+        _, expected = ops.forward_op(q, k, v, log_theta, cu, *options[:-1], "cpu")
+        torch.testing.assert_close(lse, expected, rtol=1e-5, atol=1e-5)
+
+    def test_compile():
+        compiled = torch.compile(distance_attention, fullgraph=True, backend="aot_eager")
+        q, k, v, log_theta, _, cu = packed([3, 20], 2, 16)
+        options = {"backend": "triton", "dropout_p": 0.2, "seed": 3}
+        torch.testing.assert_close(
+            compiled(q, k, v, log_theta, cu, **options), distance_attention(q, k, v, log_theta, cu, **options)
+        )
+
+    def test_choice_of_backend(monkeypatch):
+        """The interpreter is never chosen by itself."""
+        q = torch.zeros(5, 1, 16)
+        assert choose_backend(q, None) == "cpu"
+        monkeypatch.setenv("CAFE_KERNELS_BACKEND", "triton")
+        assert choose_backend(q, None) == "triton"
+        for wrong, message in (
+            (q.double(), "it takes float32, float16 and bfloat16, got torch.float64"),
+            (torch.zeros(5, 1, 257), "it takes heads of at most 256 columns, got 257"),
+        ):
+            with pytest.raises(ValueError, match=f"backend 'triton' cannot run: {message}"):
+                choose_backend(wrong, None)
+        with pytest.raises(ValueError, match="sequences of at most 8192 tokens, got 9000"):
+            distance_attention(q, q, q, None, torch.tensor([0, 5], dtype=torch.int32), max_seqlen=9000)
+
+    def test_all_cases_ran(capsys):
+        with capsys.disabled():
+            print(f"{len(CASES)} cases")
