@@ -25,6 +25,7 @@ PRECISION = tl.constexpr(
     "ieee" if os.environ.get("TRITON_INTERPRET") == "1" else "bf16x6"
 )  # the interpreter has float32's own product
 LAUNCH = {"num_warps": 4, "num_stages": 1}
+PRODUCTS = {"num_warps": 8, "num_stages": 1}  # for the kernels with products, whose registers are the limit
 
 
 def unavailable(h: Tensor, table: Tensor) -> str | None:
@@ -224,6 +225,9 @@ def shared_kernel(  # type: ignore[no-untyped-def]
             gradient *= (weight * negative_weight)[:, None]
         tl.store(losses + t, loss, mask=live)
         if GRADIENTS:
+            own = _rows(
+                table, intents, item_intent, positive_id, live, columns, DIM, COMPOSED
+            )  # again: for the registers
             out = dh + t[:, None] * DIM + columns[None, :]
             tl.store(out, gradient + slope[:, None] * own, mask=inside)
             tl.store(coefficients + t, slope, mask=live)
@@ -339,7 +343,7 @@ def forward(
     blocks = -(-tokens // BLOCK_T)
     fine = starts if groups else (torch.arange(blocks + 1, device=h.device) * BLOCK_T).clamp(max=tokens)
     common |= {"SEQUENCE": sequence is not None, "GROUPS": groups, "BLOCK_T": BLOCK_T, "BLOCK_K": BLOCK_K}
-    common |= {"CHUNK": min(CHUNK, _block(dim)), **LAUNCH}
+    common |= {"CHUNK": min(CHUNK, _block(dim)), **PRODUCTS}
     lse = torch.empty_like(losses)
     shared_kernel[(len(fine) - 1,)](
         *inputs, sequence, ignore, positive_log_q, negative_log_q, weights, fine, losses, dh, coefficients, lse, count,
@@ -450,6 +454,6 @@ def compile_cases() -> list[dict[str, Any]]:
             signature = {n: "constexpr" if n in constexprs else (types | of_table).get(n, whole) for n in names}
             cases.append({
                 "name": f"{kernel.__name__}, {'softmax' if softmax else 'bce'}, d=128, {dtype} table", "kernel": kernel,
-                "signature": signature, "constexprs": constexprs, **LAUNCH, "dtype": "fp32",
+                "signature": signature, "constexprs": constexprs, **(PRODUCTS if "BLOCK_T" in names else LAUNCH), "dtype": "fp32",
             })  # fmt: skip
     return cases
