@@ -280,7 +280,7 @@ def backward(
 def compile_cases() -> list[dict[str, Any]]:
     """What is compiled by default, for compilation without a GPU."""
     found = [case("reduce", reduce_kernel, {"REDUCED": REDUCED})]
-    tensors = {long_forward: 4, long_backward_queries: 5, long_backward_keys: 6}  # that are read or written: the floor
+    tensors = {long_forward: 4, long_backward_queries: 6, long_backward_keys: 6}  # the floor; out is read for delta
     for (head_dim, dtype, extras), kernel in itertools.product(WIDTHS_TYPES_EXTRAS, tensors):
         backward = kernel is not long_forward
         constants = {"HEAD_DIM": head_dim, "HAS_BIAS": extras, "DROPOUT": extras}
