@@ -33,7 +33,7 @@ def distance_attention(
             None means zero (plain attention).
         cu_seqlens: int32 (B + 1), where each sequence begins; from 0 to total. Sequences may be empty.
         max_seqlen: the longest sequence, to spare its computation. On a GPU, where looking at values waits for all work before
-            them, cu_seqlens is checked only without it.
+            them, cu_seqlens is checked only without it; in a compiled reference, which cannot look at values, too.
         scale: factor of q . k; default 1 / sqrt(D).
         window: each token sees itself and at most so many tokens before it; None means all.
         dropout_p: share of the attention weights dropped, by Philox keyed with (seed, offset).
@@ -59,8 +59,8 @@ def distance_attention(
         q, k, v = (x.to(low) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     if not (q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         raise ValueError(
-            "q, k and v must agree in shape, dtype and device, got "
-            + ", ".join(f"{n} {tuple(t.shape)} {t.dtype} on {t.device}" for n, t in (("q", q), ("k", k), ("v", v)))
+            f"q, k and v must agree in shape, dtype and device, got q {tuple(q.shape)} {q.dtype} on {q.device}, "
+            f"k {tuple(k.shape)} {k.dtype} on {k.device}, v {tuple(v.shape)} {v.dtype} on {v.device}"
         )
     if not q.is_floating_point():
         raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
@@ -108,7 +108,7 @@ def distance_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose_backend(backend, ops.backend_module, q)
     if chosen == "reference":
-        longest = ops.longest_sequence(cu_seqlens, len(q), max_seqlen or 0, log_theta)
+        longest = ops.longest_to_pad_to(cu_seqlens, len(q), max_seqlen or 0, log_theta)
         return reference.distance_attention(
             q, k, v, log_theta, cu_seqlens, longest, scale, window, dropout_p, seed, offset
         )

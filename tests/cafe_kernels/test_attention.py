@@ -49,6 +49,43 @@ def test_padded_call_equals_packed():
     torch.testing.assert_close(out.transpose(1, 2).flatten(0, 1), distance_attention(q, k, v, log_theta, cu))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_compile(dtype):
+    """One graph where max_seqlen is given, also when lengths and seed change; without it the graph breaks, and says why."""
+    torch._dynamo.reset()
+    options = {"backend": "reference"} if dtype == torch.float32 else {}  # which the rule picks for float16
+    whole = torch.compile(distance_attention, fullgraph=True, backend="aot_eager")
+    parts = torch.compile(distance_attention, backend="aot_eager")
+    for step, lengths in enumerate([[3, 20], [7, 1, 9]]):
+        q, k, v, log_theta, cu = packed(lengths, 2, 16, dtype)
+        options |= {"dropout_p": 0.2, "seed": 2**40 + step, "offset": step, "window": 5 + step}
+        results = []
+        for function, longest in ((distance_attention, 20), (whole, 20), (parts, None)):
+            leaves = [x.clone().requires_grad_() for x in (q, k, v, log_theta.new_ones(2, 25))]
+            out = function(*leaves, cu, max_seqlen=longest, **options)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        torch.testing.assert_close(results[1], results[0])
+        torch.testing.assert_close(results[2], results[0])
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="max_seqlen_is_not_given"):
+        whole(q, k, v, log_theta, cu, **options)
+    with pytest.raises(Exception, match="agree in shape, dtype and device, got q"):
+        whole(q, k[:4], v, log_theta, cu, max_seqlen=20, **options)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_borders_that_overflow_int32(backend):
+    """-2 - 2147483647 is 2147483647 in int32: a step that seems to ascend."""
+    q, cu = torch.zeros(23, 1, 4), torch.tensor([0, 2147483647, -2, 23], dtype=torch.int32)
+    with pytest.raises(ValueError, match="ascend from 0 to the 23 tokens"):
+        distance_attention(q, q, q, None, cu, backend=backend)
+
+
+def test_reference_pads_to_the_longest_and_no_further():
+    q, k, v, _, cu = packed([3, 5], 1, 4)
+    out = distance_attention(q, k, v, None, cu, max_seqlen=2**40, backend="reference")
+    assert torch.equal(out, distance_attention(q, k, v, None, cu, backend="reference"))
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_gradients(dropout_p):
     q, k, v, log_theta, cu = packed([3, 0, 1, 5], 2, 4, grad=True)
