@@ -54,8 +54,11 @@ def distance_attention(
         >>> distance_attention(q, k, v, log_theta, torch.tensor([0, 2, 5], dtype=torch.int32)).shape
         torch.Size([5, 2, 16])
     """
-    if torch.is_autocast_enabled(q.device.type):  # as PyTorch's attention, which leaves float64 alone
-        low = torch.get_autocast_dtype(q.device.type)
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
+        device
+    ):  # as PyTorch's attention, which leaves float64 alone
+        low = torch.get_autocast_dtype(device)
         q, k, v = (x.to(low) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     if not (q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         raise ValueError(
@@ -70,6 +73,8 @@ def distance_attention(
                 f"without cu_seqlens q must be (B, H, N, D), got {tuple(q.shape)}; packed tokens need cu_seqlens"
             )
         batch, _, length, _ = q.shape
+        if max_seqlen is not None and max_seqlen != length:
+            raise ValueError(f"max_seqlen={max_seqlen} but without cu_seqlens all sequences have {length} tokens")
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
         out = distance_attention(
@@ -107,7 +112,7 @@ def distance_attention(
         raise ValueError(f"seed and offset must be in [0, 2^63), got {seed} and {offset}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose_backend(backend, ops.backend_module, q)
-    if chosen == "reference":
+    if chosen == "reference" and not q.is_meta:  # of a tensor without values the operator knows the shape
         longest = ops.longest_to_pad_to(cu_seqlens, len(q), max_seqlen or 0, log_theta)
         return reference.distance_attention(
             q, k, v, log_theta, cu_seqlens, longest, scale, window, dropout_p, seed, offset

@@ -122,8 +122,8 @@ def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, log_theta:
 
 
 def _below_autograd(op: Any, function: Any, inputs: Any) -> Any:
-    """op(*inputs); by its Python function, without the dispatcher, where no tracer or subclass of Tensor waits there."""
-    if type(inputs[0]) is Tensor and not torch._C._len_torch_dispatch_stack():
+    """op(*inputs); by its Python function, without the dispatcher, where no tracer, subclass of Tensor or device "meta" waits there."""
+    if type(inputs[0]) is Tensor and not inputs[0].is_meta and not torch._C._len_torch_dispatch_stack():
         return function(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*inputs)

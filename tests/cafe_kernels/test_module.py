@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cafe_kernels import DistanceMaskedAttention
+from cafe_kernels import DistanceMaskedAttention, distance_attention
 
 D, HEADS, N = 8, 2, 6
 LENGTHS = [4, 0, 6, 1]  # of the rows of a padded batch; one has nothing but padding
@@ -128,6 +128,33 @@ def test_padded_call_equals_packed(side, batch_first, inputs, dropout):
         torch.manual_seed(3)
         plain = module.eval().packed(x[~padding], cu_seqlens(LENGTHS), key_value=key[~padding])
         assert not torch.equal(plain, expected)
+
+
+def test_packed_dropout_follows_seed_and_offset():
+    module, (x, padding) = learned(dropout=0.4), padded()
+    x, cu = x[~padding], cu_seqlens(LENGTHS)
+    out = {(seed, offset): module.packed(x, cu, seed=seed, offset=offset) for seed in (3, 4) for offset in (0, 1)}
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(out.values(), 2))
+    for (seed, offset), value in out.items():
+        assert torch.equal(value, module.packed(x, cu, seed=seed, offset=offset))
+        q, k, v = module._op_inputs(x, x, x)
+        attended = distance_attention(
+            q, k, v, module.log_theta(), cu, scale=module.scale, dropout_p=0.4, seed=seed, offset=offset
+        )
+        assert torch.equal(value, module.out_proj(attended.flatten(1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shapes_without_values(dtype):
+    """On device "meta", as those do who count operations or memory of a model too large to build."""
+    module = DistanceMaskedAttention(D, HEADS, N, dropout=0.4, batch_first=True, device="meta", dtype=dtype)
+    x = torch.empty(2, N, D, device="meta", dtype=dtype)
+    out, weights = module(x, x, x, is_causal=True)
+    assert (out.shape, weights.shape, out.dtype) == (x.shape, (2, N, N), dtype)
+    out.sum().backward()
+    assert all(p.grad.shape == p.shape for p in module.parameters())
+    cu = torch.empty(3, dtype=torch.int32, device="meta")
+    assert module.packed(x.flatten(0, 1), cu).shape == (2 * N, D)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
