@@ -1,5 +1,6 @@
 """`distance_attention`: causal attention with a learned per-head log-theta distance bias on packed sequences (Eq. 5-6)."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -8,6 +9,9 @@ from cafe_kernels.attention.module import DistanceMaskedAttention
 from cafe_kernels.backends import choose_backend
 
 __all__ = ["DistanceMaskedAttention", "distance_attention"]
+
+INTEGERS = (int, torch.SymInt, np.integer)
+NUMBERS = (*INTEGERS, float, torch.SymFloat, np.floating)
 
 
 def distance_attention(
@@ -38,13 +42,14 @@ def distance_attention(
         window: each token sees itself and at most so many tokens before it; None means all.
         dropout_p: share of the attention weights dropped, by Philox keyed with (seed, offset).
         seed: needed with dropout; the same seed and offset give the same mask on every backend.
-        backend: "reference" (PyTorch, any dtype), "cpu" (C++), "triton"; None chooses.
+        backend: "reference" (PyTorch, any dtype), "cpu" (C++), "triton"; None chooses. Only "reference" knows second derivatives
+            and the transforms of torch.func.
 
     Returns:
         A tensor of q's shape and dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices or lengths that do not fit each other.
+        ValueError: shapes, dtypes, devices or lengths that do not fit each other, options of another type.
 
     Source: CAFE, Eq. 5-6; the cancelled terms are derived in docs/method.md.
 
@@ -65,6 +70,11 @@ def distance_attention(
             f"q, k and v must agree in shape, dtype and device, got q {tuple(q.shape)} {q.dtype} on {q.device}, "
             f"k {tuple(k.shape)} {k.dtype} on {k.device}, v {tuple(v.shape)} {v.dtype} on {v.device}"
         )
+    for name, value in (("max_seqlen", max_seqlen), ("window", window), ("seed", seed), ("offset", offset)):
+        if value is not None and not isinstance(value, INTEGERS):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+    if scale is not None and not isinstance(scale, NUMBERS):
+        raise ValueError(f"scale must be a number, got {scale!r}; one that is learned belongs into q")
     if not q.is_floating_point():
         raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
     if cu_seqlens is None:
@@ -85,6 +95,8 @@ def distance_attention(
 
     if q.dim() != 3 or 0 in q.shape[1:]:
         raise ValueError(f"with cu_seqlens q must be (total, H >= 1, D >= 1), got {tuple(q.shape)}")
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens must be an int32 tensor (B + 1), got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.device != q.device:
         raise ValueError(
             f"cu_seqlens must be int32 (B + 1) on {q.device}, "

@@ -1,5 +1,6 @@
 """The reference op against a loop over sequences, heads and tokens, and its gradients by gradcheck in fp64."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,6 +73,18 @@ def test_backend_by_environment(monkeypatch):
     monkeypatch.setenv("CAFE_KERNELS_BACKEND", "abacus")
     with pytest.raises(ValueError, match="unknown backend 'abacus': expected reference, cpu, triton"):
         distance_attention(q, k, v, log_theta, cu)
+
+
+def test_options_may_be_numpy_numbers():
+    q, k, v, log_theta, cu = packed([3, 5], 1, 4, torch.float32)
+    integers = {"max_seqlen": 5, "window": 2, "seed": 3, "offset": 1}
+    expected = distance_attention(q, k, v, log_theta, cu, scale=0.5, dropout_p=0.2, **integers)
+    integers = {name: np.int64(value) for name, value in integers.items()}
+    for backend in ("cpu", "reference"):
+        out = distance_attention(
+            q, k, v, log_theta, cu, scale=np.float32(0.5), dropout_p=0.2, **integers, backend=backend
+        )
+        torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -170,6 +183,12 @@ CU = torch.tensor([0, 2, 5], dtype=torch.int32)
         ((Q, Q, Q, torch.zeros(3, 9), CU), {}, r"\(H=2, n_max\)"),
         ((Q, Q, Q, None, CU), {"max_seqlen": 2}, "has 3 tokens"),
         ((Q[None], Q[None], Q[None]), {"max_seqlen": 3}, "all sequences have 2 tokens"),
+        ((Q, Q, Q, None, CU), {"max_seqlen": 3.0}, "max_seqlen must be an integer, got 3.0"),
+        ((Q, Q, Q, None, CU), {"window": 1.5}, "window must be an integer"),
+        ((Q, Q, Q, None, CU), {"seed": "3"}, "seed must be an integer, got '3'"),
+        ((Q, Q, Q, None, CU), {"offset": 0.0}, "offset must be an integer"),
+        ((Q, Q, Q, None, CU), {"scale": torch.ones(())}, "scale must be a number"),
+        ((Q, Q, Q, None, [0, 2, 5]), {}, "cu_seqlens must be an int32 tensor .*, got list"),
         ((Q, Q, Q, None, CU), {"window": -1}, "window must not be negative"),
         ((Q, Q, Q, None, CU), {"backend": "cuda"}, "unknown backend"),
         ((Q, Q, Q, None, CU), {"dropout_p": 1.0}, "dropout_p"),

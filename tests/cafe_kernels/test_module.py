@@ -302,6 +302,12 @@ def test_theta_curves_are_the_odds_of_a_distance():
         DistanceMaskedAttention(D, HEADS, None).theta_curves()
 
 
+def test_repr_names_the_options():
+    found = repr(learned(dropout=0.25, mask_reads="values"))
+    options = "8, num_heads=2, max_distance=6, dropout=0.25, bias=True, batch_first=True, scale=0.3536, "
+    assert options + "mask_reads='values'" in found
+
+
 def test_state_dict_deepcopy_and_moves():
     module, (x, padding) = learned(), padded()
     call = {"key_padding_mask": padding, "is_causal": True, "need_weights": False}
@@ -383,6 +389,8 @@ HOLE = torch.tensor([[False] * N, [False, True, False, True, True, True]])
         ((X, X, X), {"attn_mask": CAUSAL.T}, "must be the causal one"),
         ((X, X, X), {"attn_mask": CAUSAL.clamp(min=-1e4)}, "-inf"),
         ((X, X, X), {"attn_mask": CAUSAL[:3, :3]}, "must be the causal one"),
+        ((X, X, X), {"attn_mask": CAUSAL.expand(3, N, N)}, r"\(6, 6\) or \(4, 6, 6\)"),
+        ((X, X, X), {"attn_mask": CAUSAL.expand(2, 2, N, N)}, "must be the causal one"),
         ((X, X, X), {"attn_mask": (CAUSAL < 0).to(torch.uint8)}, "must be the causal one"),
         ((X, X, X), {"is_causal": True, "key_padding_mask": HOLE}, "between the tokens of row 1"),
         ((X, X, X), {"is_causal": True, "key_padding_mask": HOLE[:1]}, r"must be \(2, 6\), got \(1, 6\)"),
