@@ -6,19 +6,29 @@ import runpy
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from cafe.data.simulate import Shop, draw
+from cafe_kernels import DistanceMaskedAttention
 
-MAIN = runpy.run_path(str(Path(__file__).parents[1] / "examples/drop_in.py"))["main"]
+EXAMPLE = runpy.run_path(str(Path(__file__).parents[1] / "examples/drop_in.py"))
+MAIN = EXAMPLE["main"]
 SIZES = {"epochs": 4, "batch-size": 16, "dim": 16, "heads": 1, "layers": 1, "length": 8, "dropout": 0, "lr": 0.01}
 
 
-def test_drop_in(tmp_path, capsys):
+def test_drop_in(tmp_path, capsys, monkeypatch):
     user, item, _ = draw(Shop(interactions=4000, items=400, intents=20, users=500), seed=0)
     with gzip.open(tmp_path / "interactions.csv.gz", "wt") as file:
         print("user,item,timestamp", file=file)
         for time, (u, i) in enumerate(zip(user, item, strict=True)):
             print(f"u{u},i{i},{time}", file=file)
+    built, train = {}, EXAMPLE["train"]
+
+    def spy(model, *rest):
+        built.setdefault(id(model), model)
+        train(model, *rest)
+
+    monkeypatch.setitem(MAIN.__globals__, "train", spy)
     MAIN([str(tmp_path), *(f"--{name}={value}" for name, value in SIZES.items())])
     printed = capsys.readouterr().out
     pattern = r"^(\S+) +validation NDCG@10 (\d\.\d{4})  HR@10 (\d\.\d{4})  \(epoch \d\)  \d+\.\d\d s an epoch$"
@@ -26,6 +36,11 @@ def test_drop_in(tmp_path, capsys):
     assert list(found) == ["nn.MultiheadAttention", "DistanceMaskedAttention"], printed
     by_chance = 10 / 400
     assert all(ndcg < hits and hits > 2 * by_chance for ndcg, hits in found.values()), printed
+    plain, masked = (model.attention[0] for model in built.values())
+    assert type(plain) is nn.MultiheadAttention
+    assert isinstance(masked, DistanceMaskedAttention)
+    assert masked.distance_weight.any()  # it began at zero
+    assert masked.theta_curves().abs().max() > 0.01
 
 
 def test_drop_in_names_the_missing_file(tmp_path, capsys):

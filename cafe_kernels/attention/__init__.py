@@ -1,5 +1,6 @@
 """`distance_attention`: causal attention with a learned per-head log-theta distance bias on packed sequences (Eq. 5-6)."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -8,6 +9,9 @@ from cafe_kernels.attention.module import DistanceMaskedAttention
 from cafe_kernels.backends import choose_backend
 
 __all__ = ["DistanceMaskedAttention", "distance_attention"]
+
+INTEGERS = (int, torch.SymInt, np.integer)
+NUMBERS = (*INTEGERS, float, torch.SymFloat, np.floating)
 
 
 def distance_attention(
@@ -33,18 +37,19 @@ def distance_attention(
             None means zero (plain attention).
         cu_seqlens: int32 (B + 1), where each sequence begins; from 0 to total. Sequences may be empty.
         max_seqlen: the longest sequence, to spare its computation. On a GPU, where looking at values waits for all work before
-            them, cu_seqlens is checked only without it.
+            them, cu_seqlens is checked only without it; in a compiled reference, which cannot look at values, too.
         scale: factor of q . k; default 1 / sqrt(D).
         window: each token sees itself and at most so many tokens before it; None means all.
         dropout_p: share of the attention weights dropped, by Philox keyed with (seed, offset).
         seed: needed with dropout; the same seed and offset give the same mask on every backend.
-        backend: "reference" (PyTorch, any dtype), "cpu" (C++), "triton"; None chooses.
+        backend: "reference" (PyTorch, any dtype), "cpu" (C++), "triton"; None chooses. Only "reference" knows second derivatives
+            and the transforms of torch.func.
 
     Returns:
         A tensor of q's shape and dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices or lengths that do not fit each other.
+        ValueError: shapes, dtypes, devices or lengths that do not fit each other, options of another type.
 
     Source: CAFE, Eq. 5-6; the cancelled terms are derived in docs/method.md.
 
@@ -54,14 +59,22 @@ def distance_attention(
         >>> distance_attention(q, k, v, log_theta, torch.tensor([0, 2, 5], dtype=torch.int32)).shape
         torch.Size([5, 2, 16])
     """
-    if torch.is_autocast_enabled(q.device.type):  # as PyTorch's attention, which leaves float64 alone
-        low = torch.get_autocast_dtype(q.device.type)
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
+        device
+    ):  # as PyTorch's attention, which leaves float64 alone
+        low = torch.get_autocast_dtype(device)
         q, k, v = (x.to(low) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     if not (q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         raise ValueError(
-            "q, k and v must agree in shape, dtype and device, got "
-            + ", ".join(f"{n} {tuple(t.shape)} {t.dtype} on {t.device}" for n, t in (("q", q), ("k", k), ("v", v)))
+            f"q, k and v must agree in shape, dtype and device, got q {tuple(q.shape)} {q.dtype} on {q.device}, "
+            f"k {tuple(k.shape)} {k.dtype} on {k.device}, v {tuple(v.shape)} {v.dtype} on {v.device}"
         )
+    for name, value in (("max_seqlen", max_seqlen), ("window", window), ("seed", seed), ("offset", offset)):
+        if value is not None and not isinstance(value, INTEGERS):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+    if scale is not None and not isinstance(scale, NUMBERS):
+        raise ValueError(f"scale must be a number, got {scale!r}; one that is learned belongs into q")
     if not q.is_floating_point():
         raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
     if cu_seqlens is None:
@@ -70,6 +83,8 @@ def distance_attention(
                 f"without cu_seqlens q must be (B, H, N, D), got {tuple(q.shape)}; packed tokens need cu_seqlens"
             )
         batch, _, length, _ = q.shape
+        if max_seqlen is not None and max_seqlen != length:
+            raise ValueError(f"max_seqlen={max_seqlen} but without cu_seqlens all sequences have {length} tokens")
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
         out = distance_attention(
@@ -80,6 +95,8 @@ def distance_attention(
 
     if q.dim() != 3 or 0 in q.shape[1:]:
         raise ValueError(f"with cu_seqlens q must be (total, H >= 1, D >= 1), got {tuple(q.shape)}")
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens must be an int32 tensor (B + 1), got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.device != q.device:
         raise ValueError(
             f"cu_seqlens must be int32 (B + 1) on {q.device}, "
@@ -107,8 +124,8 @@ def distance_attention(
         raise ValueError(f"seed and offset must be in [0, 2^63), got {seed} and {offset}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose_backend(backend, ops.backend_module, q)
-    if chosen == "reference":
-        longest = ops.longest_sequence(cu_seqlens, len(q), max_seqlen or 0, log_theta)
+    if chosen == "reference" and not q.is_meta:  # of a tensor without values the operator knows the shape
+        longest = ops.longest_to_pad_to(cu_seqlens, len(q), max_seqlen or 0, log_theta)
         return reference.distance_attention(
             q, k, v, log_theta, cu_seqlens, longest, scale, window, dropout_p, seed, offset
         )

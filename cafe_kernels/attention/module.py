@@ -121,6 +121,12 @@ class DistanceMaskedAttention(nn.Module):
             module.get_parameter(name).requires_grad_(parameter.requires_grad)
         return module.train(attention.training)
 
+    def extra_repr(self) -> str:
+        return (
+            f"{self.embed_dim}, num_heads={self.num_heads}, max_distance={self.max_distance}, dropout={self.dropout}, "
+            f"bias={self.in_proj_bias is not None}, batch_first={self.batch_first}, scale={self.scale:.4g}, mask_reads={self.mask_reads!r}"
+        )
+
     def log_theta(self) -> Tensor | None:
         """ln theta by head and distance, (M, n), less the part that the softmax cancels or the keys carry; None without mask."""
         if self.distance is None or self.distance_weight is None:
@@ -213,7 +219,7 @@ class DistanceMaskedAttention(nn.Module):
         unbatched, swapped = query.dim() == 2, query.dim() == 3 and not self.batch_first
         batch, length, _ = self._rows(query).shape
         if not is_causal:
-            _check_causal(attn_mask, query.device, length)
+            _check_causal(attn_mask, query.device, batch * self.num_heads, length)
         padding = None if key_padding_mask is None else _check_padding(key_padding_mask, unbatched, batch, length)
         if padding is None:
             token = None
@@ -304,16 +310,17 @@ def _draw_seed() -> int:
     return int(torch.randint(2**62, ()))
 
 
-def _check_causal(attn_mask: Tensor | None, device: torch.device, length: int) -> None:
+def _check_causal(attn_mask: Tensor | None, device: torch.device, heads: int, length: int) -> None:
     if attn_mask is None:
         raise ValueError("this attention is causal: pass is_causal=True or the causal attn_mask")
     causal = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
     if attn_mask.dtype != torch.bool:
         causal = torch.zeros_like(causal, dtype=torch.float32).masked_fill(causal, -math.inf)
-    if attn_mask.shape[-2:] != causal.shape or not (attn_mask == causal).all():
+    if attn_mask.shape not in (causal.shape, (heads, *causal.shape)) or not (attn_mask == causal).all():
         raise ValueError(
-            f"attn_mask must be the causal one of {length} tokens, True (or -inf, and 0 elsewhere) above the diagonal, got "
-            f"another of shape {tuple(attn_mask.shape)}: every token sees itself and what is before it; give padding as "
+            f"attn_mask must be the causal one of {length} tokens, ({length}, {length}) or ({heads}, {length}, {length}), "
+            "True (or -inf, and 0 elsewhere) above the diagonal, "
+            f"got another of shape {tuple(attn_mask.shape)}: every token sees itself and what is before it; give padding as "
             "key_padding_mask"
         )
 

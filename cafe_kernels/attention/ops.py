@@ -41,7 +41,7 @@ def longest_sequence(cu_seqlens: Tensor, total: int, max_seqlen: int, log_theta:
     before them, so a given max_seqlen is believed there."""
     if cu_seqlens.is_cuda and max_seqlen:
         return max_seqlen
-    borders = cu_seqlens.cpu().numpy()
+    borders = cu_seqlens.cpu().numpy().astype("int64")  # int32 differences may overflow
     lengths = borders[1:] - borders[:-1]
     if borders[0] != 0 or borders[-1] != total or (lengths < 0).any():
         raise ValueError(f"cu_seqlens must ascend from 0 to the {total} tokens of q, got {cu_seqlens.tolist()[:8]}...")
@@ -50,7 +50,19 @@ def longest_sequence(cu_seqlens: Tensor, total: int, max_seqlen: int, log_theta:
         raise ValueError(f"max_seqlen={max_seqlen} but a sequence has {longest} tokens")
     if log_theta is not None and log_theta.shape[1] < longest:
         raise ValueError(f"a sequence has {longest} tokens but log_theta covers distances below {log_theta.shape[1]}")
-    return max_seqlen or longest
+    return longest
+
+
+def longest_to_pad_to(cu_seqlens: Tensor, total: int, max_seqlen: int, log_theta: Tensor | None) -> int:
+    """longest_sequence of the reference, which torch.compile traces: there a given max_seqlen is believed."""
+    if torch.compiler.is_compiling():
+        return max_seqlen or _longest_since_max_seqlen_is_not_given(cu_seqlens, total, log_theta)
+    return longest_sequence(cu_seqlens, total, max_seqlen, log_theta)
+
+
+@torch.compiler.disable  # it looks at values; fullgraph=True names this function in its error
+def _longest_since_max_seqlen_is_not_given(cu_seqlens: Tensor, total: int, log_theta: Tensor | None) -> int:
+    return longest_sequence(cu_seqlens, total, 0, log_theta)
 
 
 def forward(
@@ -63,7 +75,7 @@ def forward(
     *options: Any,  # scale, window, dropout_p, seed, offset, backend
 ) -> tuple[Tensor, Tensor]:
     """Returns the output, as q, and the log-sum-exp of every row of logits, (H, total) float32."""
-    longest = longest_sequence(cu_seqlens, len(q), max_seqlen, log_theta)
+    longest = max(longest_sequence(cu_seqlens, len(q), max_seqlen, log_theta), max_seqlen)
     if len(q) == 0:
         return torch.empty_like(q), q.new_empty(q.shape[1], 0, dtype=torch.float32)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -110,8 +122,8 @@ def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, log_theta:
 
 
 def _below_autograd(op: Any, function: Any, inputs: Any) -> Any:
-    """op(*inputs); by its Python function, without the dispatcher, where no tracer or subclass of Tensor waits there."""
-    if type(inputs[0]) is Tensor and not torch._C._len_torch_dispatch_stack():
+    """op(*inputs); by its Python function, without the dispatcher, where no tracer, subclass of Tensor or device "meta" waits there."""
+    if type(inputs[0]) is Tensor and not inputs[0].is_meta and not torch._C._len_torch_dispatch_stack():
         return function(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*inputs)

@@ -8,8 +8,9 @@ import torch
 
 from cafe.batches import Batches
 from cafe.config import Config
-from cafe.models import build
+from cafe.models import blocks, build
 from cafe.train import make_optimizers, train_step
+from cafe_kernels import DistanceMaskedAttention
 
 SMALL = {"dim": 16, "heads": 2, "max_len": 8, "batch_size": 16, "dropout": 0.0}
 CHOICES = [
@@ -56,6 +57,32 @@ def test_no_token_sees_what_comes_after_it(dataset):
         states.append(torch.cat([state, coarse], 1))
     torch.testing.assert_close(states[0][:2], states[1][:2])
     assert not torch.allclose(states[0][2:], states[1][2:])
+
+
+@pytest.mark.parametrize("model", ["sasrec", "cafe"])
+def test_dropout_differs_between_steps_and_layers(dataset, model, monkeypatch):
+    """Dropout of the attention weights alone, in each layer; of all the rest, that it is the stream's."""
+    torch.manual_seed(0)
+    net = build(Config.make(model, **SMALL | {"dropout": 0.5, "layers": 2}), dataset).train()
+    items, cu = histories(dataset, 9)
+    sequence = torch.repeat_interleave(torch.arange(9), cu.diff().long())
+    used = []
+    packed = DistanceMaskedAttention.packed
+
+    def spy(self, *args, **options):
+        used.append((options["seed"], options["offset"]))
+        return packed(self, *args, **options)
+
+    monkeypatch.setattr(DistanceMaskedAttention, "packed", spy)
+    for masks in (blocks.dropout_masks, lambda shape, *rest: torch.ones(shape)):
+        monkeypatch.setattr(blocks, "dropout_masks", masks)
+        first, second, again = (net.encode(items, cu, 8, sequence, step)[0] for step in (5, 6, 5))
+        assert torch.equal(first, again)
+        assert not torch.allclose(first, second, atol=1e-3)
+    encoders = 2 if model == "cafe" else 1
+    a_step = 2 * encoders
+    assert len(set(used[: 2 * a_step])) == 2 * a_step  # layers, encoders and steps: none shares its mask
+    assert used[2 * a_step : 3 * a_step] == used[:a_step]
 
 
 def test_cafe_is_the_sum_of_its_encoders_and_ranks_by_the_product(dataset):

@@ -1,5 +1,6 @@
 """The reference op against a loop over sequences, heads and tokens, and its gradients by gradcheck in fp64."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,11 +43,86 @@ def test_equals_loops(lengths, heads, dim, window):
     torch.testing.assert_close(out, by_loops(q, k, v, log_theta, cu, 0.3, window), rtol=1e-10, atol=1e-10)
 
 
-def test_padded_call_equals_packed():
-    q, k, v, log_theta, cu = packed([7, 7, 7], 2, 16)
+OPTIONS = {"scale": 0.7, "window": 2, "dropout_p": 0.3, "seed": 5, "offset": 6, "backend": "reference"}
+
+
+@pytest.mark.parametrize("options", [OPTIONS, *(OPTIONS | {name: OPTIONS[name] + 0.1} for name in ("scale", "dropout_p")),
+                                     *(OPTIONS | {name: OPTIONS[name] + 1} for name in ("window", "seed", "offset"))])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_padded_call_equals_packed(dtype, options):
+    q, k, v, log_theta, cu = packed([7, 7, 7], 2, 16, dtype)
     padded = [x.unflatten(0, (3, 7)).transpose(1, 2) for x in (q, k, v)]
-    out = distance_attention(*padded, log_theta)
-    torch.testing.assert_close(out.transpose(1, 2).flatten(0, 1), distance_attention(q, k, v, log_theta, cu))
+    out = distance_attention(*padded, log_theta, max_seqlen=7, **options).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(out, distance_attention(q, k, v, log_theta, cu, **options))
+    if options != OPTIONS:  # every one of them counts
+        assert not torch.allclose(out, distance_attention(q, k, v, log_theta, cu, **OPTIONS), atol=1e-3)
+
+
+def test_backend_by_environment(monkeypatch):
+    q, k, v, log_theta, cu = packed([3, 20], 2, 16, torch.float32)
+    out = {name: distance_attention(q, k, v, log_theta, cu, backend=name) for name in ("reference", "cpu")}
+    assert not torch.equal(*out.values())  # in their last bits, which tell one from the other
+    assert torch.equal(distance_attention(q, k, v, log_theta, cu), out["cpu"])
+    monkeypatch.setenv("CAFE_KERNELS_BACKEND", "reference")
+    assert torch.equal(distance_attention(q, k, v, log_theta, cu), out["reference"])
+    assert torch.equal(distance_attention(q, k, v, log_theta, cu, backend="cpu"), out["cpu"])
+    monkeypatch.setenv("CAFE_KERNELS_BACKEND", "cpu")
+    assert torch.equal(distance_attention(q, k, v, log_theta, cu), out["cpu"])
+    with pytest.raises(ValueError, match=r"backend 'cpu' cannot run: .*, got torch\.float64"):
+        distance_attention(q.double(), k.double(), v.double(), None, cu)
+    monkeypatch.setenv("CAFE_KERNELS_BACKEND", "abacus")
+    with pytest.raises(ValueError, match="unknown backend 'abacus': expected reference, cpu, triton"):
+        distance_attention(q, k, v, log_theta, cu)
+
+
+def test_options_may_be_numpy_numbers():
+    q, k, v, log_theta, cu = packed([3, 5], 1, 4, torch.float32)
+    integers = {"max_seqlen": 5, "window": 2, "seed": 3, "offset": 1}
+    expected = distance_attention(q, k, v, log_theta, cu, scale=0.5, dropout_p=0.2, **integers)
+    integers = {name: np.int64(value) for name, value in integers.items()}
+    for backend in ("cpu", "reference"):
+        out = distance_attention(
+            q, k, v, log_theta, cu, scale=np.float32(0.5), dropout_p=0.2, **integers, backend=backend
+        )
+        torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_compile(dtype):
+    """One graph where max_seqlen is given, also when lengths and seed change; without it the graph breaks, and says why."""
+    torch._dynamo.reset()
+    options = {"window": 5}
+    if dtype == torch.float32:  # for float16 the rule picks the reference
+        options |= {"backend": "reference", "dropout_p": 0.2, "seed": 2**40}
+    whole = torch.compile(distance_attention, fullgraph=True, backend="aot_eager")
+    parts = torch.compile(distance_attention, backend="aot_eager")
+    for offset, lengths in enumerate([[3, 20], [7, 1, 9]]):
+        q, k, v, log_theta, cu = packed(lengths, 2, 16, dtype)
+        results = []
+        for function, longest in ((distance_attention, 20), (whole, 20), (parts, None))[: 3 - offset]:
+            leaves = [x.clone().requires_grad_() for x in (q, k, v, log_theta.new_ones(2, 25))]
+            out = function(*leaves, cu, max_seqlen=longest, offset=offset, **options)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0])
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="max_seqlen_is_not_given"):
+        whole(q, k, v, log_theta, cu, **options)
+    with pytest.raises(Exception, match="agree in shape, dtype and device, got q"):
+        whole(q, k[:4], v, log_theta, cu, max_seqlen=20, **options)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_borders_that_overflow_int32(backend):
+    """-2 - 2147483647 is 2147483647 in int32: a step that seems to ascend."""
+    q, cu = torch.zeros(23, 1, 4), torch.tensor([0, 2147483647, -2, 23], dtype=torch.int32)
+    with pytest.raises(ValueError, match="ascend from 0 to the 23 tokens"):
+        distance_attention(q, q, q, None, cu, backend=backend)
+
+
+def test_reference_pads_to_the_longest_and_no_further():
+    q, k, v, _, cu = packed([3, 5], 1, 4)
+    out = distance_attention(q, k, v, None, cu, max_seqlen=2**40, backend="reference")
+    assert torch.equal(out, distance_attention(q, k, v, None, cu, backend="reference"))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
@@ -106,6 +182,13 @@ CU = torch.tensor([0, 2, 5], dtype=torch.int32)
         ((Q, Q, Q, torch.zeros(2, 2), CU), {}, "covers distances below 2"),
         ((Q, Q, Q, torch.zeros(3, 9), CU), {}, r"\(H=2, n_max\)"),
         ((Q, Q, Q, None, CU), {"max_seqlen": 2}, "has 3 tokens"),
+        ((Q[None], Q[None], Q[None]), {"max_seqlen": 3}, "all sequences have 2 tokens"),
+        ((Q, Q, Q, None, CU), {"max_seqlen": 3.0}, "max_seqlen must be an integer, got 3.0"),
+        ((Q, Q, Q, None, CU), {"window": 1.5}, "window must be an integer"),
+        ((Q, Q, Q, None, CU), {"seed": "3"}, "seed must be an integer, got '3'"),
+        ((Q, Q, Q, None, CU), {"offset": 0.0}, "offset must be an integer"),
+        ((Q, Q, Q, None, CU), {"scale": torch.ones(())}, "scale must be a number"),
+        ((Q, Q, Q, None, [0, 2, 5]), {}, "cu_seqlens must be an int32 tensor .*, got list"),
         ((Q, Q, Q, None, CU), {"window": -1}, "window must not be negative"),
         ((Q, Q, Q, None, CU), {"backend": "cuda"}, "unknown backend"),
         ((Q, Q, Q, None, CU), {"dropout_p": 1.0}, "dropout_p"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cafe_kernels import DistanceMaskedAttention
+from cafe_kernels import DistanceMaskedAttention, distance_attention
 
 D, HEADS, N = 8, 2, 6
 LENGTHS = [4, 0, 6, 1]  # of the rows of a padded batch; one has nothing but padding
@@ -128,6 +128,33 @@ def test_padded_call_equals_packed(side, batch_first, inputs, dropout):
         torch.manual_seed(3)
         plain = module.eval().packed(x[~padding], cu_seqlens(LENGTHS), key_value=key[~padding])
         assert not torch.equal(plain, expected)
+
+
+def test_packed_dropout_follows_seed_and_offset():
+    module, (x, padding) = learned(dropout=0.4), padded()
+    x, cu = x[~padding], cu_seqlens(LENGTHS)
+    out = {(seed, offset): module.packed(x, cu, seed=seed, offset=offset) for seed in (3, 4) for offset in (0, 1)}
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(out.values(), 2))
+    for (seed, offset), value in out.items():
+        assert torch.equal(value, module.packed(x, cu, seed=seed, offset=offset))
+        q, k, v = module._op_inputs(x, x, x)
+        attended = distance_attention(
+            q, k, v, module.log_theta(), cu, scale=module.scale, dropout_p=0.4, seed=seed, offset=offset
+        )
+        assert torch.equal(value, module.out_proj(attended.flatten(1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shapes_without_values(dtype):
+    """On device "meta", as those do who count operations or memory of a model too large to build."""
+    module = DistanceMaskedAttention(D, HEADS, N, dropout=0.4, batch_first=True, device="meta", dtype=dtype)
+    x = torch.empty(2, N, D, device="meta", dtype=dtype)
+    out, weights = module(x, x, x, is_causal=True)
+    assert (out.shape, weights.shape, out.dtype) == (x.shape, (2, N, N), dtype)
+    out.sum().backward()
+    assert all(p.grad.shape == p.shape for p in module.parameters())
+    cu = torch.empty(3, dtype=torch.int32, device="meta")
+    assert module.packed(x.flatten(0, 1), cu).shape == (2 * N, D)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -275,6 +302,12 @@ def test_theta_curves_are_the_odds_of_a_distance():
         DistanceMaskedAttention(D, HEADS, None).theta_curves()
 
 
+def test_repr_names_the_options():
+    found = repr(learned(dropout=0.25, mask_reads="values"))
+    options = "8, num_heads=2, max_distance=6, dropout=0.25, bias=True, batch_first=True, scale=0.3536, "
+    assert options + "mask_reads='values'" in found
+
+
 def test_state_dict_deepcopy_and_moves():
     module, (x, padding) = learned(), padded()
     call = {"key_padding_mask": padding, "is_causal": True, "need_weights": False}
@@ -356,6 +389,8 @@ HOLE = torch.tensor([[False] * N, [False, True, False, True, True, True]])
         ((X, X, X), {"attn_mask": CAUSAL.T}, "must be the causal one"),
         ((X, X, X), {"attn_mask": CAUSAL.clamp(min=-1e4)}, "-inf"),
         ((X, X, X), {"attn_mask": CAUSAL[:3, :3]}, "must be the causal one"),
+        ((X, X, X), {"attn_mask": CAUSAL.expand(3, N, N)}, r"\(6, 6\) or \(4, 6, 6\)"),
+        ((X, X, X), {"attn_mask": CAUSAL.expand(2, 2, N, N)}, "must be the causal one"),
         ((X, X, X), {"attn_mask": (CAUSAL < 0).to(torch.uint8)}, "must be the causal one"),
         ((X, X, X), {"is_causal": True, "key_padding_mask": HOLE}, "between the tokens of row 1"),
         ((X, X, X), {"is_causal": True, "key_padding_mask": HOLE[:1]}, r"must be \(2, 6\), got \(1, 6\)"),
