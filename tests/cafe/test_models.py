@@ -66,7 +66,7 @@ def test_dropout_differs_between_steps_and_layers(dataset, model, monkeypatch):
     net = build(Config.make(model, **SMALL | {"dropout": 0.5, "layers": 2}), dataset).train()
     items, cu = histories(dataset, 9)
     sequence = torch.repeat_interleave(torch.arange(9), cu.diff().long())
-    used = []
+    used, held = [], {}
     packed = DistanceMaskedAttention.packed
 
     def spy(self, *args, **options):
@@ -74,7 +74,9 @@ def test_dropout_differs_between_steps_and_layers(dataset, model, monkeypatch):
         return packed(self, *args, **options | held)
 
     monkeypatch.setattr(DistanceMaskedAttention, "packed", spy)
-    for held, masks in (({"offset": 0}, blocks.dropout_masks), ({}, lambda shape, *rest: torch.ones(shape))):
+    for fixed, masks in (({"offset": 0}, blocks.dropout_masks), ({}, lambda shape, *rest: torch.ones(shape))):
+        held.clear()
+        held.update(fixed)
         monkeypatch.setattr(blocks, "dropout_masks", masks)
         first, second, again = (net.encode(items, cu, 8, sequence, step)[0] for step in (5, 6, 5))
         assert torch.equal(first, again)
