@@ -42,8 +42,8 @@ def distance_attention(
         window: each token sees itself and at most so many tokens before it; None means all.
         dropout_p: share of the attention weights dropped, by Philox keyed with (seed, offset).
         seed: needed with dropout; the same seed and offset give the same mask on every backend.
-        backend: "reference" (PyTorch, any dtype), "cpu" (C++), "triton"; None chooses. Only "reference" knows second derivatives
-            and the transforms of torch.func.
+        backend: "reference" (PyTorch, any dtype), "cpu" (C++), "triton"; None chooses. Second derivatives need "reference"; of
+            torch.func's transforms grad and jvp are not supported.
 
     Returns:
         A tensor of q's shape and dtype.

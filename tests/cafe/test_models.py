@@ -61,20 +61,22 @@ def test_no_token_sees_what_comes_after_it(dataset):
 
 @pytest.mark.parametrize("model", ["sasrec", "cafe"])
 def test_dropout_differs_between_steps_and_layers(dataset, model, monkeypatch):
-    """Dropout of the attention weights alone, in each layer; of all the rest, that it is the stream's."""
+    """Dropout outside the attention, with the attention's held fixed; then that of the attention weights alone."""
     torch.manual_seed(0)
     net = build(Config.make(model, **SMALL | {"dropout": 0.5, "layers": 2}), dataset).train()
     items, cu = histories(dataset, 9)
     sequence = torch.repeat_interleave(torch.arange(9), cu.diff().long())
-    used = []
+    used, held = [], {}
     packed = DistanceMaskedAttention.packed
 
     def spy(self, *args, **options):
         used.append((options["seed"], options["offset"]))
-        return packed(self, *args, **options)
+        return packed(self, *args, **options | held)
 
     monkeypatch.setattr(DistanceMaskedAttention, "packed", spy)
-    for masks in (blocks.dropout_masks, lambda shape, *rest: torch.ones(shape)):
+    for fixed, masks in (({"offset": 0}, blocks.dropout_masks), ({}, lambda shape, *rest: torch.ones(shape))):
+        held.clear()
+        held.update(fixed)
         monkeypatch.setattr(blocks, "dropout_masks", masks)
         first, second, again = (net.encode(items, cu, 8, sequence, step)[0] for step in (5, 6, 5))
         assert torch.equal(first, again)
