@@ -155,13 +155,18 @@ def dropout(dropout_p: float) -> tuple[int, float]:
     return min(round(dropout_p * 2**32), 2**32 - 1), 1 / (1 - dropout_p)
 
 
+def launchable(config: dict[str, int]) -> dict[str, int]:
+    """A kernel's configuration without what only NVIDIA's compiler knows, on another GPU."""
+    return {key: value for key, value in config.items() if not (key == "maxnreg" and torch.version.hip)}
+
+
 def case(name: str, kernel: Any, constants: dict[str, Any], dtype: str = "fp32") -> dict[str, Any]:
     """A line of compile_cases: what triton.compile needs to know of a kernel, as cafe_kernels.compile reads it."""
     types = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
-    options = {key: constants[key] for key in ("num_warps", "num_stages") if key in constants}
-    fixed = {key: value for key, value in constants.items() if key not in options}
+    fixed = {key: value for key, value in constants.items() if key not in ("num_warps", "num_stages", "maxnreg")}
     if not fixed.get("HAS_BIAS", True):
         fixed |= {name: None for name in ("log_theta", "partial") if name in kernel.arg_names}
     signature = {x: "constexpr" if x in fixed else types.get(x, f"*{dtype}") for x in kernel.arg_names}
     made = {"name": name, "kernel": kernel, "signature": signature, "constexprs": fixed, "dtype": dtype}
-    return made | {"num_warps": 4, "num_stages": 1} | options
+    made["options"] = {"maxnreg": constants["maxnreg"]} if "maxnreg" in constants else {}
+    return made | {key: constants.get(key, default) for key, default in (("num_warps", 4), ("num_stages", 1))}

@@ -28,6 +28,7 @@ from cafe_kernels.attention.triton_common import (
     dot,
     drop_bits,
     dropout,
+    launchable,
     load,
     mark_dropped,
     product,
@@ -44,13 +45,16 @@ PROGRAMS = 512  # at most so many share the blocks of queries of all heads in th
 
 def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
     """How the kernels are compiled. BLOCK: queries or keys of a block. CHUNK: columns of q k' and grad_out v' at a time; where it is
-    less than all, blocks are read again. The largest blocks without spilled registers on sm_80, sm_90, sm_100 and gfx942."""
+    less than all, blocks are read again. The largest blocks without spilled registers on sm_80, sm_90, sm_100
+    and gfx942; maxnreg as in triton_short.py."""
     columns = max(16, triton.next_power_of_2(head_dim))
     wide = {"BLOCK_D": columns, "CHUNK": columns, "BLOCK": 64, "num_warps": 4, "num_stages": 1}
     if itemsize == 4:
-        return wide | {"CHUNK": min(columns, 32), "BLOCK": 32 if columns <= 64 else 16, "num_warps": 8}
+        return wide | {"CHUNK": min(columns, 32), "BLOCK": 32 if columns <= 64 else 16, "num_warps": 8, "maxnreg": 255}
+    if backward and columns > 64:
+        return wide | {"BLOCK": 32, "num_warps": 8} if columns <= 128 else wide | {"BLOCK": 16}
     if backward or columns > 128:
-        return wide | {"BLOCK": 32, "num_warps": 8 if backward and columns > 64 else 4}
+        return wide | {"BLOCK": 32}
     return wide
 
 
@@ -236,7 +240,7 @@ def _arguments(
     """The grid, the kernels' parameters total ... distances and scale ... offset, the constants."""
     (total, heads, head_dim), (scale, window, dropout_p, seed, offset) = q.shape, options
     constants = {"HEAD_DIM": head_dim, "HAS_BIAS": log_theta is not None, "DROPOUT": dropout_p > 0}
-    constants |= config(head_dim, q.itemsize, backward)
+    constants |= launchable(config(head_dim, q.itemsize, backward))
     sequences, blocks = len(cu_seqlens) - 1, triton.cdiv(max_seqlen, constants["BLOCK"])
     shape = total, sequences, blocks, heads, 0 if log_theta is None else log_theta.shape[1]
     window = min(window, max_seqlen) if window >= 0 else max_seqlen

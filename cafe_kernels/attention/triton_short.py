@@ -31,6 +31,7 @@ from cafe_kernels.attention.triton_common import (
     drop_bits,
     dropout,
     from_column,
+    launchable,
     load,
     mark_dropped,
     product,
@@ -47,10 +48,11 @@ PROGRAMS = 1024  # at most so many work on all heads together: a few times what 
 
 def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
     """How the kernels are compiled. CHUNK: columns of q, k, v worked on at a time; where it is less than all, the backward pass reads q,
-    k and grad_out twice. The largest chunks without spilled registers on sm_80, sm_90 and sm_100."""
+    k and grad_out twice. The largest chunks without spilled registers on sm_80, sm_90 and sm_100; maxnreg keeps NVIDIA's compiler from
+    spilling a few registers for the sake of more programs at a time."""
     columns = max(16, triton.next_power_of_2(head_dim))
     if itemsize == 4:
-        return {"CHUNK": 16, "num_warps": 8, "num_stages": 1}
+        return {"CHUNK": 16, "num_warps": 8, "num_stages": 1, "maxnreg": 255}
     return {"CHUNK": min(columns, 64), "num_warps": 8 if backward and columns > 64 else 4, "num_stages": 1}
 
 
@@ -206,7 +208,7 @@ def _arguments(q: Tensor, log_theta: Tensor | None, options: tuple[Any, ...], ba
     distances = 0 if log_theta is None else log_theta.shape[1]
     numbers = total, triton.cdiv(total, programs), heads, distances, scale, window if 0 <= window < BLOCK else BLOCK
     constants = {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": log_theta is not None, "DROPOUT": dropout_p > 0}
-    constants |= config(head_dim, q.itemsize, backward)
+    constants |= launchable(config(head_dim, q.itemsize, backward))
     return (programs, heads), (*numbers, *dropout(dropout_p), seed, offset), constants
 
 
