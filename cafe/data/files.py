@@ -1,6 +1,7 @@
 """Reads columns of a CSV or Parquet file, plain or gzip, or of a folder of such parts, in the order of the rows.
 
-CSV columns stay text, so that an id such as 007 is not turned into 7; `cafe.data.prepare` decides on types.
+CSV columns stay text, so that an id such as 007 is not turned into 7; `cafe.data.prepare` decides on types. Empty text,
+quoted or not, and NaN are missing values (null).
 """
 
 import gzip
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import polars.selectors as cs
 
 CSV = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 PARQUET = (".parquet", ".parquet.gz")
@@ -46,7 +48,7 @@ def read_table(path: str | Path, columns: Mapping[str, str], separator: str = ",
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: a file is empty, damaged, of an unknown kind or lacks a column; says which.
+        ValueError: a file is empty, damaged, of an unknown kind, lacks a column or has it twice; says which.
 
     Example:
         >>> import tempfile; file = Path(tempfile.mkdtemp()) / "likes.csv"
@@ -87,7 +89,11 @@ def _read_part(file: Path, columns: Mapping[str, str], separator: str) -> pl.Dat
         present = frame.collect_schema().names()
         if missing := [column for column in columns.values() if column not in present]:
             raise ValueError(f"{file}: no column {missing[0]!r}; its columns are {', '.join(present)}")
+        for column in columns.values():  # polars renames the second of two columns of one name
+            if f"{column}_duplicated_0" in present and _header(file, separator).count(column) > 1:
+                raise ValueError(f"{file}: column {column!r} is there more than once: rename or remove one")
         selected = frame.select(pl.col(column).alias(name) for name, column in columns.items())
+        selected = selected.with_columns(cs.string().replace("", None), cs.float().fill_nan(None))
         return selected.collect(engine="streaming")
     except (pl.exceptions.PolarsError, OSError, EOFError, zlib.error) as error:
         reason = str(error).strip().split("\n")[0]
@@ -98,10 +104,17 @@ def _kind(file: Path) -> str:
     return "CSV" if file.name.endswith(CSV) else "Parquet"
 
 
-def _scan(file: Path, separator: str) -> pl.LazyFrame:
+def _header(file: Path, separator: str) -> tuple[str, ...]:
+    """The names of the columns as the file has them, repeats and all."""
+    if not file.name.endswith(CSV):
+        return tuple(_scan(file, separator).collect_schema().names())
+    return _scan(file, separator, has_header=False).head(1).collect().row(0)
+
+
+def _scan(file: Path, separator: str, has_header: bool = True) -> pl.LazyFrame:
     if file.name.endswith(CSV):
-        tab = file.name.endswith((".tsv", ".tsv.gz"))
-        return pl.scan_csv(file, separator="\t" if tab else separator, infer_schema=False, glob=False)
+        separator = "\t" if file.name.endswith((".tsv", ".tsv.gz")) else separator
+        return pl.scan_csv(file, separator=separator, infer_schema=False, glob=False, has_header=has_header)
     if file.name.endswith(".gz"):
         with gzip.open(file) as content:
             return pl.scan_parquet(io.BytesIO(content.read()))

@@ -12,6 +12,7 @@ The steps, in this order; the report (`Dataset.preparation`) says how much each 
 
 import warnings
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -25,7 +26,7 @@ from cafe.data.folders import check_replaceable
 
 UNKNOWN = "unknown"
 WHOLE_NUMBER = r"^(0|-?[1-9][0-9]{0,17})$"
-DATE_FORMATS = ("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%+")
+DATE_FORMATS = ("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%+")
 Duplicates = Literal["keep", "exact", "first", "last"]
 
 
@@ -221,33 +222,61 @@ def _times(table: Table, column: str) -> pl.Series:
     times = table.frame["time"]
     if times.dtype.is_temporal():
         return times.to_physical().cast(pl.Int64)
-    numbers = times
+    numbers, exact = times, pl.repeat(True, len(times), eager=True)
     if times.dtype == pl.String:
-        numbers = _parse(times)
+        numbers, exact = _parse(times)
     elif times.dtype.is_float():
         numbers = times.set(times.is_finite().not_(), None)
     elif not times.dtype.is_integer():
         raise ValueError(f"{table.files[0]}: column {column!r} is of type {times.dtype}: expected numbers or dates")
     wrong = np.flatnonzero(numbers.is_null() & times.is_not_null())
     if len(wrong):
+        first, value = times.drop_nulls()[0], times[int(wrong[0])]
+        kind = "" if value == first else f", or not of the kind of the first one, {first!r}"
         raise ValueError(
-            f"column {column!r}, {table.where(int(wrong[0]))}: {times[int(wrong[0])]!r} is not a timestamp, or not of the kind "
-            f"of the first one, {times.drop_nulls()[0]!r} (expected numbers or ISO 8601 dates)"
+            f"column {column!r}, {table.where(int(wrong[0]))}: {value!r} is not a timestamp{kind} "
+            "(expected numbers or ISO 8601 dates)"
+        )
+    inexact = np.flatnonzero(~exact)
+    if len(inexact):
+        row = int(inexact[0])
+        raise ValueError(
+            f"column {column!r}, {table.where(row)}: {times[row]!r} would be rounded and the order lost (kept are whole "
+            "numbers of 64 bits, with others among them about 16 digits, and dates to the nanosecond from 1678 to 2261)"
         )
     return numbers
 
 
-def _parse(times: pl.Series) -> pl.Series:
-    """Text to int64, float64 or microseconds since 1970 (int64); null where not of the kind of the first value."""
+def _parse(times: pl.Series) -> tuple[pl.Series, pl.Series]:
+    """Text to int64, float64 or micro- or nanoseconds since 1970 (int64), and whether each keeps its place in the order.
+
+    The number is null where the text is not of the kind of the first one.
+    """
     first = times.drop_nulls().head(1)
+    everything = pl.repeat(True, len(times), eager=True)
     for format in DATE_FORMATS:
         if first.str.to_datetime(format, strict=False).count():
-            return times.str.to_datetime(format, strict=False).to_physical()
+            micros = times.str.to_datetime(format, strict=False).to_physical()
+            if not times.str.contains(r"\.\d{6}0*[1-9]").any():
+                return micros, everything
+            nanos = times.str.to_datetime(format, strict=False, time_unit="ns").to_physical()
+            overflowed = nanos // 1000 != micros  # years that 64 bits of nanoseconds cannot reach wrap around
+            return nanos, ~(overflowed | times.str.contains(r"\.\d{9}0*[1-9]")).fill_null(False)
     numbers = times.cast(pl.Int64, strict=False)
-    if numbers.null_count() > times.null_count():
-        numbers = times.cast(pl.Float64, strict=False)
-        numbers = numbers.set(numbers.is_finite().not_(), None)
-    return numbers
+    if numbers.null_count() == times.null_count():
+        return numbers, everything
+    numbers = times.cast(pl.Float64, strict=False)
+    numbers = numbers.set(numbers.is_finite().not_(), None)
+    return numbers, ~times.is_in(_merged(times, numbers).implode()).fill_null(False)
+
+
+def _merged(texts: pl.Series, numbers: pl.Series) -> pl.Series:
+    """The texts whose float64 is also that of an earlier text of another value."""
+    different = pl.DataFrame({"text": texts, "number": numbers}).drop_nulls().unique("text", maintain_order=True)
+    values: dict[float, Decimal] = {}
+    shared = different.filter(pl.col("number").is_duplicated()).iter_rows()
+    merged = [text for text, number in shared if values.setdefault(number, Decimal(text)) != Decimal(text)]
+    return pl.Series(merged, dtype=pl.String)
 
 
 def _number(ids: pl.Series, typed: bool) -> tuple[pl.Series, np.ndarray]:

@@ -16,6 +16,7 @@ path. All give the same numbers.
 import math
 import operator
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,8 @@ class AliasSampler:
         num_threads: most threads that a call may use, by default all that this process may run on. Calls of fewer than
             65,536 draws use one. The numbers do not depend on it.
 
-    Calls release the GIL and change nothing in the sampler, so that several threads may share one.
+    Calls release the GIL and change nothing in the sampler, so that several threads may share one. A sampler can be
+    pickled (for spawned worker processes) and gives the same numbers there.
 
     Raises:
         TypeError, ValueError: for bad weights, alpha or num_threads.
@@ -58,8 +60,20 @@ class AliasSampler:
         if operator.index(num_threads) < 1:
             raise ValueError(f"num_threads must be at least 1, got {num_threads}")
         self.num_threads = num_threads
-        self._p = _probabilities(weights, alpha)
-        self._table = _C.AliasTable(self._p, os.environ.get("CAFE_KERNELS_ISA", "auto"))
+        self._set_probabilities(_probabilities(weights, alpha))
+
+    def _set_probabilities(self, p: npt.NDArray[np.float64]) -> None:
+        p.flags.writeable = False
+        self._p = p
+        self._table = _C.AliasTable(p, os.environ.get("CAFE_KERNELS_ISA", "auto"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: all but the table, which is made anew from p, to the bit the same (dividing again would round)."""
+        return {name: value for name, value in vars(self).items() if name != "_table"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._set_probabilities(self._p)
 
     def __len__(self) -> int:
         """V, the number of items, drawable or not."""
@@ -87,14 +101,15 @@ class AliasSampler:
         with np.errstate(divide="ignore"):
             return np.log(self._p[ids])
 
-    def sample(self, shape: int | tuple[int, ...], seed: int, offset: int = 0, out: Ids | None = None) -> Ids:
+    def sample(self, shape: int | Sequence[int], seed: int, offset: int = 0, out: Ids | None = None) -> Ids:
         """Independent draws.
 
         Args:
             shape: of the result; () draws one.
             seed: 0 <= seed < 2^64.
             offset: position of the first draw, >= 0; offset + size <= 2^63. `sample(10, s, 5)` is `sample(15, s)[5:]`.
-            out: array to write into and return: int32, of that shape, C-contiguous, writable (of a tensor: t.numpy()).
+            out: array to write into and return: int32, of that shape, C-contiguous, writable (of a tensor: t.numpy()),
+                sharing no memory with the other arguments.
 
         Returns:
             int32 array of `shape`.
@@ -167,6 +182,11 @@ class AliasSampler:
         rows = np.ascontiguousarray(rows, np.int64)
         out = _output((len(rows), k), out)
         indptr, indices = _array(indptr, "indptr"), _array(indices, "indices")
+        for name, array in (("indptr", indptr), ("indices", indices), ("rows", rows)):
+            if isinstance(out, np.ndarray) and np.may_share_memory(out, array):
+                raise ValueError(
+                    f"out shares memory with {name}, which is read while out is written: pass another array"
+                )
         self._table.sample_rows(indptr, indices, rows, distinct, seed, offset, out, self.num_threads)
         return out
 
@@ -194,18 +214,17 @@ def _probabilities(weights: Any, alpha: float) -> npt.NDArray[np.float64]:
     if alpha != 1:
         w = np.where(positive, w**alpha, 0.0)
     w /= w.sum()
-    w.flags.writeable = False
     return w
 
 
-def _output(shape: int | tuple[int, ...], out: Ids | None) -> Ids:
+def _output(shape: int | Sequence[int], out: Ids | None) -> Ids:
     """A new array for the result, or `out` if it has that shape; csrc/sampler.cpp checks the rest."""
-    if out is None:
-        try:
+    try:
+        if out is None:
             return np.empty(shape, np.int32)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"the result cannot have shape {shape}: {error}") from None
-    wanted = shape if isinstance(shape, tuple) else (shape,)
+        wanted = np.broadcast_to(np.int32(0), shape).shape
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"the result cannot have shape {shape}: {error}") from None
     if isinstance(out, np.ndarray) and out.shape != wanted:
         raise ValueError(f"out must have shape {wanted}, got {out.shape}")
     return out

@@ -183,3 +183,87 @@ def test_warns_of_what_is_missing(tmp_path):
         prepare(tmp_path / "a.csv")
     with pytest.warns(UserWarning, match="1 item without an intent"), pytest.warns(UserWarning, match="no user has"):
         prepare(tmp_path / "a.csv", tmp_path / "items.csv")
+
+
+def prepare_times(folder, times):
+    """Ann's items i0, i1, ... in file order at `times`, in the order that the dataset gives them."""
+    rows = [("ann", f"i{n}", time) for n, time in enumerate(times)] + [("bob", "i0", times[0])]
+    (folder / "times.csv").write_text(csv(rows))
+    return histories(prepare(folder / "times.csv"))["ann"]
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        ["2020-02-02T10:00:00.123456789", "2020-02-02T10:00:00.123456788", "2020-02-02T10:00:00"],
+        ["2020-02-02T10:00:00.1234567890", "2020-02-02T10:00:00.123456700", "1969-12-31T23:59:59.999999999"],
+        ["2020-02-02T10:00:00.123456789+01:00", "2020-02-02T09:00:00.123456788Z", "2020-02-02T10:00:00+02:00"],
+        ["9999-12-31T00:00:00.123456", "2020-02-02T10:00:00.0000000", "0001-01-01T00:00:00"],
+        ["2020-02-02T10:01", "2020-02-02T10:00", "2020-02-02T09:59"],
+        ["1700000000000000003", "1700000000000000002", "1700000000000000001"],
+        ["36893488147419103232", "18446744073709551616", "1.5"],
+        ["1700000000.25", "1700000000", "1.0"],
+    ],
+)
+def test_fine_timestamps_keep_their_order(tmp_path, times):
+    assert prepare_times(tmp_path, times) == ["i2", "i1", "i0"]
+
+
+@pytest.mark.parametrize(
+    ("times", "row"),
+    [
+        (["2020-02-02T10:00:00", "2020-02-02T10:00:00.1234567891"], 2),
+        (["2020-02-02T10:00:00.123456789", "9999-12-31T00:00:00"], 2),
+        (["9223372036854775810", "9223372036854775809"], 2),
+        (["1700000000000000002", "1.5", "1700000000000000001"], 3),
+        (["1700000000.123456789", "1700000000.123456788"], 2),
+    ],
+)
+def test_timestamps_that_would_lose_their_order_are_refused(tmp_path, times, row):
+    with pytest.raises(ValueError, match=rf"'timestamp', row {row} of .*: '{times[row - 1]}' would be rounded"):
+        prepare_times(tmp_path, times)
+
+
+def test_numbers_written_differently_are_one_timestamp(tmp_path):
+    assert prepare_times(tmp_path, ["1.50", "1.5", "1", "1e0"]) == ["i2", "i3", "i0", "i1"]
+
+
+def test_a_bad_timestamp_is_compared_with_the_first_only_if_it_is_another(tmp_path):
+    with pytest.raises(ValueError, match=r"row 1 of .*: 'xx' is not a timestamp \(expected"):
+        prepare_times(tmp_path, ["xx", "1"])
+    with pytest.raises(
+        ValueError, match=r"row 2 of .*: 'xx' is not a timestamp, or not of the kind of the first one, '1'"
+    ):
+        prepare_times(tmp_path, ["1", "xx"])
+
+
+def test_quoted_and_unquoted_empty_values_are_both_missing(tmp_path):
+    for number, empty in enumerate(("", '""')):
+        for row in ((empty, "pot", 2), ("ann", empty, 2), ("ann", "pot", empty)):
+            path = tmp_path / f"{number}.csv"
+            path.write_text(csv([*ROWS, row]))
+            with pytest.raises(ValueError, match=r"row 7 of .*no value"):
+                prepare(path)
+            made = prepare(path, drop_incomplete=True)
+            assert made.preparation["dropped"]["incomplete_rows"] == 1
+            assert histories(made) == reference(ROWS, 1, 1)
+
+
+def test_a_column_that_is_there_twice_is_refused_if_it_is_used(tmp_path):
+    (tmp_path / "a.csv").write_text("user,item,item,timestamp\nann,pot,tea,1\nbob,tea,pot,1\n")
+    with pytest.raises(ValueError, match="column 'item' is there more than once"):
+        prepare(tmp_path / "a.csv")
+    for unused in ("note,note", "note,item_duplicated_0"):
+        (tmp_path / "a.csv").write_text(f"user,item,{unused},timestamp\nann,pot,x,y,1\nbob,tea,x,y,1\n")
+        assert histories(prepare(tmp_path / "a.csv")) == {"ann": ["pot"], "bob": ["tea"]}
+
+
+def test_a_parquet_nan_is_a_missing_timestamp(tmp_path):
+    rows = pl.DataFrame([*ROWS, ("bob", "pot", 1)], schema=["user", "item", "timestamp"], orient="row")
+    times = pl.Series([float(row[2]) for row in ROWS] + [float("nan")])
+    rows.with_columns(times.alias("timestamp")).write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"row 7 of .*no value"):
+        prepare(tmp_path / "a.parquet")
+    made = prepare(tmp_path / "a.parquet", drop_incomplete=True)
+    assert made.preparation["dropped"]["incomplete_rows"] == 1
+    assert histories(made) == reference(ROWS, 1, 1)

@@ -6,6 +6,7 @@ with another seed would fail one of them with that probability.
 
 import doctest
 import itertools
+import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -491,3 +492,38 @@ def test_the_extension_checks_what_memory_safety_rests_on():
 
 def test_docstring_examples():
     assert doctest.testmod(cafe_kernels.sampling) == (0, 12)
+
+
+@pytest.mark.parametrize("method", ["sample_excluding", "sample_distinct"])
+@pytest.mark.parametrize("shared", ["indptr", "indices", "rows"])
+def test_out_may_not_share_memory_with_what_is_read(method, shared):
+    indptr, indices = csr([[0, 1], [2, 3]])
+    arrays = {"indptr": indptr, "indices": indices, "rows": np.zeros(2, np.int64)}
+    out = arrays[shared].view(np.int32)[:4].reshape(2, -1)
+    before = out.copy()
+    with pytest.raises(ValueError, match=f"out shares memory with {shared}"):
+        getattr(AliasSampler(np.ones(9)), method)(**arrays, k=out.shape[1], seed=1, out=out)
+    assert np.array_equal(out, before)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.75, 1.0])
+def test_a_pickled_sampler_draws_the_same(alpha):
+    sampler = AliasSampler(zipf(1003), alpha, num_threads=3)
+    copy = pickle.loads(pickle.dumps(sampler))
+    assert len(copy) == 1003
+    assert copy.num_threads == 3
+    assert not copy.probabilities.flags.writeable
+    assert np.array_equal(copy.probabilities, sampler.probabilities)
+    assert np.array_equal(copy.sample(100_000, seed=5), sampler.sample(100_000, seed=5))
+
+
+def test_shapes_are_the_same_with_and_without_out():
+    sampler = AliasSampler(np.ones(9))
+    for shape in (6, (), (2, 3), [2, 3], np.array([3, 2]), np.int64(4)):
+        wanted = sampler.sample(shape, seed=2)
+        out = np.empty_like(wanted)
+        assert sampler.sample(shape, seed=2, out=out) is out
+        assert np.array_equal(out, wanted)
+    for out in (None, np.empty(2, np.int32)):
+        with pytest.raises(TypeError, match=r"the result cannot have shape 2\.0"):
+            sampler.sample(2.0, seed=2, out=out)
