@@ -22,7 +22,7 @@ DRAWS_A_STEP = 2**32  # each step draws negatives from its own stretch of the sa
 
 
 class Batches:
-    """The training set as numbered batches: `batches(epoch, i)` for i < len(batches)."""
+    """The training set as numbered batches: `batches(rows, step)`, of which an epoch has len(batches)."""
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         self.config, self.item_intent = config, dataset.item_intent

@@ -46,6 +46,16 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is damaged ({error}): restore it or train again") from None
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """The state alone, from the header: no tensor is read, nor the checksum checked. {} where the header is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads((file.metadata() or {})["state"])
+    except (SafetensorError, KeyError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
 def _crc(tensors: dict[str, Tensor], text: str) -> int:
     crc = zlib.crc32(text.encode())
     for name, tensor in tensors.items():

@@ -11,7 +11,7 @@ Model = Literal["cafe", "sasrec", "poprec"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every choice of a run. `Config.preset("cafe", "best", epochs=10)` starts from a preset."""
+    """Every choice of a run. `Config.make("cafe", "best", epochs=10)` starts from a preset."""
 
     model: Model = "cafe"
     preset: str = "paper"

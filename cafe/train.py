@@ -12,11 +12,14 @@ A run folder holds
 Every random choice of step s follows from (seed, s), so nothing but the weights and moments has to be saved to resume.
 """
 
+import fcntl
+import hashlib
 import json
 import math
 import shlex
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,7 +31,7 @@ import numpy as np
 import torch
 
 from cafe.batches import Batches, prefetch
-from cafe.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from cafe.checkpoint import load_checkpoint, read_state, save_checkpoint, write_atomically
 from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.evaluate import evaluate
@@ -72,89 +75,120 @@ def fit(
         The model at its best validation.
 
     Raises:
-        ValueError: `out` holds something else, the run there has another configuration or dataset, or the loss is not finite.
+        ValueError: the run in `out` has another configuration or dataset, there is nothing to train or validate on, or the
+            loss is not finite.
+        FileExistsError: `out` holds something else, or a run and `resume` is not set.
+        BlockingIOError: another process trains in `out`.
         Interrupted: Ctrl-C; the state is saved.
 
     Example:
         >>> model = fit(Config.make("sasrec", epochs=3), Dataset.load("beauty"), "runs/sasrec")  # doctest: +SKIP
     """
     out = Path(out)
-    _open_run(out, config, dataset, data, resume)
+    _check_out(out, config, dataset, resume)
+    if len(dataset.holdout("valid").users) == 0:
+        raise ValueError("nobody to validate on: no user has three interactions or more")
     torch.manual_seed(config.seed)
     model = build(config, dataset).to(device)
-    if config.model == "poprec":
-        line: dict[str, Any] = {"epoch": 0, "step": 0, "loss": 0.0, "valid": _validate(model, dataset)}
-        save_checkpoint(out / "best.safetensors", dict(model.state_dict()), {"epoch": 0, "step": 0})
-        write_atomically(out / "metrics.jsonl", (json.dumps(line) + "\n").encode())
-        progress(line)
-        return model
+    batches = None if config.model == "poprec" else Batches(config, dataset)
+    with _locked(out):  # from here on files are written
+        _check_out(out, config, dataset, resume)  # as another process may have left it
+        _open_run(out, config, dataset, data, resume)
+        if batches is None:
+            return _count(model, dataset, out, progress)
+        with _interrupt_flag(out) as interrupted:
+            return _train(model, dataset, batches, out, resume, device, checkpoint_seconds, progress, interrupted)
 
-    batches = Batches(config, dataset)
+
+def _count(model: Model, dataset: Dataset, out: Path, progress: Callable[[dict[str, Any]], None]) -> Model:
+    """`fit` for a model that has nothing to train."""
+    line: dict[str, Any] = {"epoch": 0, "step": 0, "loss": 0.0, "valid": _validate(model, dataset)}
+    state = {"run": _run_hash(asdict(model.config), dataset.fingerprint), "epoch": 0, "step": 0}
+    save_checkpoint(out / "best.safetensors", dict(model.state_dict()), state)
+    write_atomically(out / "metrics.jsonl", (json.dumps(line) + "\n").encode())
+    progress(line)
+    return model
+
+
+def _train(
+    model: Model,
+    dataset: Dataset,
+    batches: Batches,
+    out: Path,
+    resume: bool,
+    device: str,
+    checkpoint_seconds: float,
+    progress: Callable[[dict[str, Any]], None],
+    interrupted: Callable[[], bool],
+) -> Model:
+    """The loop of `fit`, and the calibration and plots after it, which a first Ctrl-C does not stop."""
+    config = model.config
+    run_hash = _run_hash(asdict(config), dataset.fingerprint)
     optimizers = make_optimizers(model)
     state: dict[str, Any] = {"step": 0, "best": -1.0, "best_epoch": -1, "since_best": 0, "loss": 0.0, "done": False}
     if resume and (out / "last.safetensors").exists():
-        tensors, state = load_checkpoint(out / "last.safetensors")
-        _restore(model, optimizers, tensors)
+        state = _load(out / "last.safetensors", run_hash, partial(_restore, model, optimizers))
+    state["run"] = run_hash
+    if resume:
         _truncate_metrics(out / "metrics.jsonl", state["step"])
     saved = time.monotonic()
-    with _interrupt_flag() as interrupted:
-        while not state["done"]:
-            epoch, first = divmod(state["step"], len(batches))
-            rows = np.array_split(batches.order(epoch), range(config.batch_size, len(batches.rows), config.batch_size))
-            make = partial(_make, batches, rows, epoch * len(batches))
-            started, tokens = time.monotonic(), 0
-            made = prefetch(make, range(first, len(batches)))
-            model.train()
-            for batch in made:
-                value = train_step(model, optimizers, batch.to(torch.device(device)))
-                state["step"] += 1
-                state["loss"] += value
-                tokens += len(batch.items)
-                progress(
-                    {
-                        "step": state["step"],
-                        "steps": config.epochs * len(batches),
-                        "tokens": len(batch.items),
-                        "loss": value,
-                    }
+    while not state["done"]:
+        epoch, first = divmod(state["step"], len(batches))
+        rows = np.array_split(batches.order(epoch), range(config.batch_size, len(batches.rows), config.batch_size))
+        make = partial(_make, batches, rows, epoch * len(batches))
+        started, tokens = time.monotonic(), 0
+        made = prefetch(make, range(first, len(batches)))
+        model.train()
+        for batch in made:
+            value = train_step(model, optimizers, batch.to(torch.device(device)))
+            state["step"] += 1
+            state["loss"] += value
+            tokens += len(batch.items)
+            progress(
+                {
+                    "step": state["step"],
+                    "steps": config.epochs * len(batches),
+                    "tokens": len(batch.items),
+                    "loss": value,
+                }
+            )
+            if state["step"] % len(batches) == 0:
+                break  # what ends the epoch must be in the checkpoint too
+            if interrupted() or time.monotonic() - saved > checkpoint_seconds:
+                _save_last(out, model, optimizers, state)
+                saved = time.monotonic()
+            if interrupted():
+                raise Interrupted(f"interrupted after step {state['step']}; saved. Go on with: {_resume_command(out)}")
+        seconds = time.monotonic() - started
+        metrics: dict[str, Any] = {
+            "epoch": epoch,
+            "step": state["step"],
+            "loss": state["loss"] / len(batches),
+            "tokens_per_s": tokens / seconds,
+        }
+        state["loss"] = 0.0
+        optimizers.tables.flush()
+        last_epoch = epoch + 1 >= config.epochs
+        if (epoch + 1) % config.valid_every == 0 or last_epoch:
+            metrics["valid"] = _validate(model, dataset)
+            better = metrics["valid"]["ndcg@10"] > state["best"]
+            if better:
+                state |= {"best": metrics["valid"]["ndcg@10"], "best_epoch": epoch, "since_best": 0}
+                save_checkpoint(
+                    out / "best.safetensors",
+                    dict(model.state_dict()),
+                    {"run": run_hash, "epoch": epoch, "step": state["step"], **metrics["valid"]},
                 )
-                if state["step"] % len(batches) == 0:
-                    break  # what ends the epoch must be in the checkpoint too
-                if interrupted() or time.monotonic() - saved > checkpoint_seconds:
-                    _save_last(out, model, optimizers, state)
-                    saved = time.monotonic()
-                if interrupted():
-                    raise Interrupted(_how_to_resume(out, state))
-            seconds = time.monotonic() - started
-            metrics: dict[str, Any] = {
-                "epoch": epoch,
-                "step": state["step"],
-                "loss": state["loss"] / len(batches),
-                "tokens_per_s": tokens / seconds,
-            }
-            state["loss"] = 0.0
-            optimizers.tables.flush()
-            last_epoch = epoch + 1 >= config.epochs
-            if (epoch + 1) % config.valid_every == 0 or last_epoch:
-                metrics["valid"] = _validate(model, dataset)
-                better = metrics["valid"]["ndcg@10"] > state["best"]
-                if better:
-                    state |= {"best": metrics["valid"]["ndcg@10"], "best_epoch": epoch, "since_best": 0}
-                    save_checkpoint(
-                        out / "best.safetensors",
-                        dict(model.state_dict()),
-                        {"epoch": epoch, "step": state["step"], **metrics["valid"]},
-                    )
-                else:
-                    state["since_best"] += 1
-            state["done"] = last_epoch or state["since_best"] >= config.patience
-            with (out / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
-            _save_last(out, model, optimizers, state)
-            saved = time.monotonic()
-            progress(metrics | {"best_epoch": state["best_epoch"]})
-            if interrupted() and not state["done"]:
-                raise Interrupted(_how_to_resume(out, state))
+            else:
+                state["since_best"] += 1
+        state["done"] = last_epoch or state["since_best"] >= config.patience
+        with (out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        _save_last(out, model, optimizers, state)
+        saved = time.monotonic()
+        progress(metrics | {"best_epoch": state["best_epoch"]})
+        if interrupted() and not state["done"]:
+            raise Interrupted(f"interrupted after step {state['step']}; saved. Go on with: {_resume_command(out)}")
     plot_curve(out)
     _calibrate(model, dataset, out)
     masks = [part for part in model.modules() if isinstance(part, DistanceMaskedAttention) and part.max_distance]
@@ -203,7 +237,7 @@ def train_step(model: Model, optimizers: Optimizers, batch: Batch) -> float:
 
 
 def load_run(run: str | Path, data: str | Path | None = None) -> tuple[Model, Dataset]:
-    """The trained model (at its best validation) and its dataset.
+    """The trained model (at its best validation) and its dataset; warns where the training is not finished.
 
     Raises:
         FileNotFoundError, ValueError: not a run, one of another version, damaged, or trained on another dataset.
@@ -218,13 +252,13 @@ def load_run(run: str | Path, data: str | Path | None = None) -> tuple[Model, Da
     if dataset.fingerprint != meta["fingerprint"]:
         raise ValueError(f"{run} was trained on another dataset than {path}: give the right one with --data")
     model = build(config, dataset)
-    tensors, _ = load_checkpoint(run / "best.safetensors")
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError:
-        raise ValueError(
-            f"{run / 'best.safetensors'} does not fit {run / 'config.json'}: one of them was altered; train again"
-        ) from None
+    best = _load(run / "best.safetensors", _run_hash(meta["config"], meta["fingerprint"]), model.load_state_dict)
+    last = run / "last.safetensors"
+    if (last.exists() and not read_state(last).get("done")) or (_calibrates(config) and "calibrated" not in best):
+        warnings.warn(
+            f"the training of {run} is not finished; this is its best model so far. Go on with: {_resume_command(run)}",
+            stacklevel=2,
+        )
     return model.eval(), dataset
 
 
@@ -253,10 +287,32 @@ def read_run(run: Path) -> dict[str, Any]:
     return meta
 
 
-def _how_to_resume(out: Path, state: dict[str, Any]) -> str:
-    return (
-        f"interrupted after step {state['step']}; saved. Go on with: cafe train --resume --out {shlex.quote(str(out))}"
-    )
+def _resume_command(out: Path) -> str:
+    return f"cafe train --resume --out {shlex.quote(str(out))}"
+
+
+def _run_hash(config: dict[str, Any], fingerprint: str) -> str:
+    """Ties checkpoints to the config.json they were trained by."""
+    return hashlib.blake2b(json.dumps([config, fingerprint], sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _load(path: Path, run_hash: str, restore: Callable[[dict[str, torch.Tensor]], Any]) -> dict[str, Any]:
+    """Passes the tensors of a checkpoint to `restore` and returns its state; one of another run is a ValueError."""
+    tensors, state = load_checkpoint(path)
+    try:
+        if state.get("run", run_hash) != run_hash:  # runs of before have none
+            raise RuntimeError
+        restore(tensors)
+    except RuntimeError:
+        raise ValueError(
+            f"{path} does not fit config.json: config.json was altered, or this is the checkpoint of another run; "
+            "restore it or train again"
+        ) from None
+    return state
+
+
+def _calibrates(config: Config) -> bool:
+    return config.calibrate and config.model == "cafe"
 
 
 def _make(batches: Batches, rows: list[np.ndarray], base: int, number: int) -> Batch:
@@ -269,7 +325,7 @@ def _validate(
     """NDCG@10 on the validation answers; where the configuration says so, the intent's weight is fitted first."""
     config = model.config
     protocol = protocol or config.valid_protocol
-    weights = INTENT_WEIGHTS if config.calibrate and config.model == "cafe" else ()
+    weights = INTENT_WEIGHTS if _calibrates(config) else ()
     result = evaluate(
         model,
         dataset,
@@ -288,9 +344,9 @@ def _validate(
 
 def _calibrate(model: Model, dataset: Dataset, out: Path) -> None:
     """Loads the best checkpoint and fits the weights of the rankings that validation did not fit, on as many users as is cheap."""
-    tensors, state = load_checkpoint(out / "best.safetensors")
-    model.load_state_dict(tensors)
-    if not model.config.calibrate or model.config.model != "cafe" or "calibrated" in state:
+    run_hash = _run_hash(asdict(model.config), dataset.fingerprint)
+    state = _load(out / "best.safetensors", run_hash, model.load_state_dict)
+    if not _calibrates(model.config) or "calibrated" in state:
         return
     users = max(200, min(model.config.valid_users, SCORES_TO_CALIBRATE // dataset.num_items))
     for protocol in set(RANKINGS) - {model.config.valid_protocol}:
@@ -298,22 +354,42 @@ def _calibrate(model: Model, dataset: Dataset, out: Path) -> None:
     save_checkpoint(out / "best.safetensors", dict(model.state_dict()), state)
 
 
-def _open_run(out: Path, config: Config, dataset: Dataset, data: str | Path | None, resume: bool) -> None:
-    """Makes the folder, or checks that the run in it is the one to resume."""
-    if (out / "config.json").exists():
-        meta = read_run(out)
-        if not resume:
-            raise FileExistsError(f"{out} already holds a run: add --resume, or choose another --out")
-        if meta["config"] != asdict(config) or meta["fingerprint"] != dataset.fingerprint:
-            raise ValueError(
-                f"{out} was started with another configuration or dataset: resume it with the same options"
-            )
-        return
-    if resume:
-        raise FileNotFoundError(f"{out} holds no run to resume: leave --resume out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+def _check_out(out: Path, config: Config, dataset: Dataset, resume: bool) -> None:
+    """Refuses a folder that can be neither begun nor, with `resume`, gone on with; writes nothing."""
+    if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is not an empty folder: choose another --out")
+    present = {entry.name for entry in out.iterdir()} - {".lock"} if out.exists() else set()
+    if "config.json" not in present:
+        if resume:
+            raise FileNotFoundError(f"{out} holds no run to resume: leave --resume out")
+        if present:
+            raise FileExistsError(f"{out} is not an empty folder: choose another --out")
+        return
+    meta = read_run(out)
+    if not resume and present != {"config.json"}:  # a run that failed before it saved anything is begun again
+        raise FileExistsError(f"{out} already holds a run: add --resume, or choose another --out")
+    if resume and (meta["config"] != asdict(config) or meta["fingerprint"] != dataset.fingerprint):
+        raise ValueError(f"{out} was started with another configuration or dataset: resume it with the same options")
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Makes the folder and keeps other processes from training in it; the lock file that stays means nothing by itself."""
     out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process trains in {out}: wait for it, or choose another --out") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _open_run(out: Path, config: Config, dataset: Dataset, data: str | Path | None, resume: bool) -> None:
+    """Writes config.json of a run that begins."""
+    if resume:
+        return
     meta = {
         "format": FORMAT,
         "version": VERSION,
@@ -346,20 +422,22 @@ def _restore(model: Model, optimizers: Optimizers, tensors: dict[str, torch.Tens
 
 def _truncate_metrics(path: Path, step: int) -> None:
     """Drops the lines of steps after the checkpoint, which will be run again, and one that was cut off."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("}\n")]
     write_atomically(path, "".join(line for line in whole if json.loads(line)["step"] <= step).encode())
 
 
 @contextmanager
-def _interrupt_flag() -> Iterator[Callable[[], bool]]:
+def _interrupt_flag(out: Path) -> Iterator[Callable[[], bool]]:
     """Ctrl-C sets a flag that is read between steps, so that no step is cut in half; a second Ctrl-C stops at once."""
     pressed = False
 
     def press(number: int, frame: Any) -> None:
         nonlocal pressed
         if pressed:
-            raise KeyboardInterrupt
+            raise Interrupted(f"stopped at once. Go on from what was saved last with: {_resume_command(out)}")
         pressed = True
 
     try:

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from cafe.checkpoint import load_checkpoint, save_checkpoint
 from cafe.config import Config
+from cafe.data.dataset import Sequences
 from cafe.evaluate import evaluate
 from cafe.recommend import Recommender
 from cafe.train import Interrupted, Optimizers, _truncate_metrics, fit, load_run, make_optimizers
@@ -256,6 +259,7 @@ def test_ctrl_c_at_any_step_loses_nothing(dataset, tmp_path):
     [
         (lambda meta: meta["config"].update(depth=3), "altered"),
         (lambda meta: meta["config"].update(dim=32), "does not fit"),
+        (lambda meta: meta["config"].update(score_scale="sqrt_head_dim"), "config.json was altered"),
         (lambda meta: meta.pop("data"), "altered"),
         (lambda meta: meta.update(config=[]), "altered"),
     ],
@@ -276,3 +280,107 @@ def test_early_stopping_keeps_the_best(dataset, tmp_path, monkeypatch):
     fit(Config.make("sasrec", **TINY | {"epochs": 5, "patience": 2}), dataset, tmp_path / "run")
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
     assert load_checkpoint(tmp_path / "run" / "best.safetensors")[1]["epoch"] == 1
+
+
+def test_a_dataset_that_cannot_be_trained_on_leaves_nothing(dataset, tmp_path):
+    every = dataset.num_users
+    short = Sequences(np.arange(every + 1) * 2, dataset.sequences.items[: every * 2])  # two interactions a user
+    useless = replace(dataset, sequences=short)
+    for model in ("sasrec", "poprec"):
+        with pytest.raises(ValueError, match="nobody to validate on"):
+            fit(Config.make(model, **TINY), useless, tmp_path / "run")
+    three = Sequences(np.arange(every + 1) * 3, dataset.sequences.items[: every * 3])  # one of them to train on
+    with pytest.raises(ValueError, match="nothing to train on"):
+        fit(Config.make("sasrec", **TINY), replace(useless, sequences=three), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_failed_before_it_saved_anything_is_begun_again(dataset, tmp_path):
+    with pytest.raises(ValueError, match="the loss became"):
+        fit(Config.make("sasrec", **TINY, lr=1e30), dataset, tmp_path / "run")
+    config = Config.make("sasrec", **TINY | {"epochs": 1})
+    fit(config, dataset, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["lr"] == config.lr
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not describe a run"):
+        fit(config, dataset, tmp_path / "other")
+    assert (tmp_path / "other" / "config.json").read_text() == "{}"
+
+
+def test_ctrl_c_after_the_last_epoch_finishes_the_run_and_a_second_says_how_to_go_on(dataset, tmp_path, monkeypatch):
+    config = Config.make("cafe", "best", **TINY | {"epochs": 1})
+    dataset.save(tmp_path / "data")
+
+    def press(times):
+        def plot(out):
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return plot
+
+    monkeypatch.setattr("cafe.train.plot_curve", press(1))
+    fit(config, dataset, tmp_path / "once", data=tmp_path / "data")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_run(tmp_path / "once")
+    monkeypatch.setattr("cafe.train.plot_curve", press(2))
+    with pytest.raises(Interrupted, match="cafe train --resume --out"):
+        fit(config, dataset, tmp_path / "twice", data=tmp_path / "data")
+    with pytest.warns(UserWarning, match=r"not finished.*cafe train --resume --out"):  # not calibrated
+        load_run(tmp_path / "twice")
+
+
+def test_loading_a_run_that_was_interrupted_warns(dataset, tmp_path):
+    dataset.save(tmp_path / "data")
+
+    def stop(event):
+        if event["step"] == 9 and "tokens" in event:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        fit(Config.make("sasrec", **TINY), dataset, tmp_path / "run", data=tmp_path / "data", progress=stop)
+    with pytest.warns(UserWarning, match="not finished"):
+        load_run(tmp_path / "run")
+
+
+def test_a_resume_refuses_an_altered_config_and_the_checkpoint_of_another_run(dataset, tmp_path):
+    config, other = (Config.make("sasrec", **TINY | {"epochs": 1}, seed=seed) for seed in (0, 1))
+    fit(config, dataset, tmp_path / "run")
+    meta = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(meta | {"config": meta["config"] | {"seed": 1}}))
+    with pytest.raises(ValueError, match=r"last\.safetensors does not fit config\.json: config\.json was altered"):
+        fit(other, dataset, tmp_path / "run", resume=True)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(meta))
+    fit(config, dataset, tmp_path / "run", resume=True)
+    save_checkpoint(tmp_path / "run" / "last.safetensors", {"model.a": torch.zeros(1)}, {"step": 1})
+    with pytest.raises(ValueError, match=r"last\.safetensors does not fit"):
+        fit(config, dataset, tmp_path / "run", resume=True)
+
+
+def test_one_process_at_a_time_trains_in_a_folder(dataset, tmp_path):
+    config, refused = Config.make("sasrec", **TINY | {"epochs": 1}), []
+
+    def again(event):
+        if event["step"] == 1:
+            for resume in (False, True):
+                with pytest.raises(BlockingIOError, match="another process trains in"):
+                    fit(config, dataset, tmp_path / "run", resume=resume)
+            refused.append(event)
+
+    fit(config, dataset, tmp_path / "run", progress=again)
+    assert refused
+    fit(config, dataset, tmp_path / "run", resume=True)  # the lock is free again
+
+
+def test_a_resume_without_a_checkpoint_begins_a_new_log(dataset, tmp_path):
+    config = Config.make("sasrec", **TINY | {"epochs": 2})
+    fit(config, dataset, tmp_path / "run")
+    before = weights(tmp_path / "run")
+    (tmp_path / "run" / "last.safetensors").unlink()
+    fit(config, dataset, tmp_path / "run", resume=True)
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [
+        0,
+        1,
+    ]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path / "run").items())
