@@ -259,9 +259,7 @@ def test_forward_by_hand(dataset, field):
     config, default = (Config.make("cafe", **SMALL, **change) for change in (field, {}))
     net = shaken(config, dataset)
     items, cu = torch.randint(dataset.num_items, (11,), generator=torch.Generator().manual_seed(1)), [0, 8, 11]
-    state, coarse = net.encode(
-        items, torch.tensor(cu, dtype=torch.int32), 8, torch.tensor([0] * 8 + [1] * 3), step=0
-    )
+    state, coarse = net.encode(items, torch.tensor(cu, dtype=torch.int32), 8, torch.tensor([0] * 8 + [1] * 3), step=0)
 
     def by_hand(config):
         rows = []

@@ -290,7 +290,9 @@ def test_the_first_intent_of_an_item_wins(tmp_path):
     assert made.item_ids.to_list() == ["cup", "pot", "tea"]
 
 
-@pytest.mark.parametrize(("keep", "items"), [(False, ["cup", "pot", "tea"]), (True, ["ale", "cup", "pot", "tea", "zoo"])])
+@pytest.mark.parametrize(
+    ("keep", "items"), [(False, ["cup", "pot", "tea"]), (True, ["ale", "cup", "pot", "tea", "zoo"])]
+)
 def test_items_that_nobody_had(tmp_path, keep, items):
     (tmp_path / "a.csv").write_text(csv(ROWS))
     (tmp_path / "items.csv").write_text("item,intent\nzoo,fun\ntea,drinks\npot,kitchen\ncup,kitchen\nale,drinks\n")
