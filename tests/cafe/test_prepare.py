@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cafe.data.dataset import Dataset
+from cafe.data.folders import new_folder
 from cafe.data.prepare import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:no items file", "ignore:1 item without", "ignore:no user has 3")
@@ -267,3 +269,172 @@ def test_a_parquet_nan_is_a_missing_timestamp(tmp_path):
     made = prepare(tmp_path / "a.parquet", drop_incomplete=True)
     assert made.preparation["dropped"]["incomplete_rows"] == 1
     assert histories(made) == reference(ROWS, 1, 1)
+
+
+REPEATS = [("ann", "tea", 3), ("ann", "tea", 1), ("ann", "pot", 2), ("ann", "tea", 3), ("bob", "pot", 1)]
+
+
+@pytest.mark.parametrize(
+    ("duplicates", "ann", "dropped"),
+    [
+        ("keep", ["tea", "pot", "tea", "tea"], 0),
+        ("exact", ["tea", "pot", "tea"], 1),
+        ("first", ["tea", "pot"], 2),
+        ("last", ["pot", "tea"], 2),
+    ],
+)
+def test_duplicates(tmp_path, duplicates, ann, dropped):
+    (tmp_path / "a.csv").write_text(csv(REPEATS))
+    made = prepare(tmp_path / "a.csv", duplicates=duplicates)
+    assert histories(made) == {"ann": ann, "bob": ["pot"]}
+    assert made.preparation["dropped"]["duplicate_rows"] == dropped
+
+
+def test_unknown_duplicates(tmp_path):
+    with pytest.raises(ValueError, match="expected one of keep, exact, first, last"):
+        prepare(tmp_path / "a.csv", duplicates="all")
+
+
+@pytest.mark.parametrize("missing", [("", "pot", 3), ("ann", "", 3), ("ann", "pot", "")])
+def test_incomplete_rows_are_refused_or_dropped(tmp_path, missing):
+    (tmp_path / "a.csv").write_text(csv([missing, *ROWS]))
+    with pytest.raises(ValueError, match=r"row 1 of .*no value \(1 such row; --drop-incomplete"):
+        prepare(tmp_path / "a.csv")
+    made = prepare(tmp_path / "a.csv", drop_incomplete=True)
+    assert histories(made) == {"ann": ["tea", "pot", "tea", "cup"], "bob": ["cup", "tea"]}
+    assert made.preparation["dropped"]["incomplete_rows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("early", "middle", "late"),  # each before the next, though not as text or not in the order of the rows
+    [
+        ("2024-02-29", "2024-03-01", "2024-12-01"),
+        ("2024-03-01T09:59:59.5", "2024-03-01T09:59:59.75", "2024-03-01T10:00:00.0"),
+        ("2024-03-01 09:59:59", "2024-03-01 10:00:00", "2024-03-02 00:00:00"),
+        ("2024-03-01 09:59", "2024-03-01 10:00", "2024-03-02 00:00"),
+        ("2024-03-01T12:00:00+05:00", "2024-03-01T08:00:00+00:00", "2024-03-01T05:00:00-06:00"),
+        ("9", "10", "100"),
+        ("9.5", "10", "1e3"),
+        ("-10", "-9", "0"),
+    ],
+)
+def test_times_as_text(tmp_path, early, middle, late):
+    (tmp_path / "a.csv").write_text(csv([("a", "z", late), ("a", "x", early), ("a", "y", middle), ("b", "x", early)]))
+    assert histories(prepare(tmp_path / "a.csv")) == {"a": ["x", "y", "z"], "b": ["x"]}
+
+
+def test_times_of_two_kinds_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text(csv([("a", "x", "2024-03-01"), ("a", "y", 5), ("b", "x", "2024-03-01")]))
+    with pytest.raises(ValueError, match=r"row 2 of .*'5' is not a timestamp"):
+        prepare(tmp_path / "a.csv")
+
+
+FRAME = pl.DataFrame({"user": list("aaab"), "item": list("zxyx"), "timestamp": [30, 9, 10, 9]})
+
+
+@pytest.mark.parametrize(
+    "times",
+    [pl.Int32, pl.UInt8, pl.Float64, pl.Date, pl.Datetime("ms"), pl.Datetime("us", "Europe/Berlin"), pl.Duration("ns")],
+    ids=str,
+)
+@pytest.mark.parametrize("ids", [pl.String, pl.Categorical, pl.Enum(list("zyxba"))], ids=str)
+def test_types_of_parquet(tmp_path, times, ids):
+    FRAME.cast({"timestamp": times, "user": ids, "item": ids}).write_parquet(tmp_path / "a.parquet")
+    made = prepare(tmp_path / "a.parquet")
+    assert histories(made) == {"a": ["x", "y", "z"], "b": ["x"]}
+    assert made.item_ids.to_list() == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("ids", [pl.UInt64, pl.Int8])
+def test_numbers_of_parquet_stay_numbers(tmp_path, ids):
+    frame = FRAME.with_columns(pl.col("item").replace_strict({"z": 100, "y": 9, "x": 7}).cast(ids))
+    frame.write_parquet(tmp_path / "a.parquet")
+    assert prepare(tmp_path / "a.parquet").item_ids.to_list() == [7, 9, 100]
+
+
+def test_separator_and_names_of_columns(tmp_path):
+    """`user`, `item` and `timestamp` are there too, and mislead."""
+    (tmp_path / "a.csv").write_text(
+        "user;item;timestamp;who;what;when\n?;?;0;ann;pot;2\n?;!;9;ann;tea;1\n!;?;5;bob;tea;7\n"
+    )
+    (tmp_path / "items.csv").write_text("what;intent;name;seller\npot;?;tea;drinks\ntea;?;pot;kitchen\n")
+    columns = {"user_col": "who", "item_col": "what", "time_col": "when", "intent_col": "seller", "separator": ";"}
+    for name, tea in ((None, "kitchen"), ("name", "drinks")):
+        made = prepare(tmp_path / "a.csv", tmp_path / "items.csv", **columns, items_item_col=name)
+        assert histories(made) == {"ann": ["tea", "pot"], "bob": ["tea"]}
+        assert made.intent_ids[int(made.item_intent[made.item_ids.to_list().index("tea")])] == tea
+
+
+def test_the_first_intent_of_an_item_wins(tmp_path):
+    (tmp_path / "a.csv").write_text(csv(ROWS))
+    (tmp_path / "items.csv").write_text("item,intent\ntea,\ntea,zebra\npot,b\ntea,apple\npot,b\ncup,c\nfar,d\nfar,e\n")
+    with pytest.warns(UserWarning, match="1 item listed with several intents: the first one is kept"):
+        made = prepare(tmp_path / "a.csv", tmp_path / "items.csv")
+    assert made.intent_ids.gather(made.item_intent).to_list() == ["c", "b", "zebra"]
+    assert made.item_ids.to_list() == ["cup", "pot", "tea"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "items"), [(False, ["cup", "pot", "tea"]), (True, ["ale", "cup", "pot", "tea", "zoo"])]
+)
+def test_items_that_nobody_had(tmp_path, keep, items):
+    (tmp_path / "a.csv").write_text(csv(ROWS))
+    (tmp_path / "items.csv").write_text("item,intent\nzoo,fun\ntea,drinks\npot,kitchen\ncup,kitchen\nale,drinks\n")
+    made = prepare(tmp_path / "a.csv", tmp_path / "items.csv", keep_unseen_items=keep)
+    assert made.item_ids.to_list() == items
+    intents = dict(zip(items, made.intent_ids.gather(made.item_intent).to_list(), strict=True))
+    everything = {"ale": "drinks", "cup": "kitchen", "pot": "kitchen", "tea": "drinks", "zoo": "fun"}
+    assert intents == {item: everything[item] for item in items}
+    assert histories(made) == {"ann": ["tea", "pot", "tea", "cup"], "bob": ["cup", "tea"]}
+    assert made.preparation["dropped"]["unseen_items"] == (0 if keep else 2)
+
+
+def test_statistics_by_hand(tmp_path):
+    """6 interactions of 2 users, of whom bob has 2, with 3 of 4 items."""
+    (tmp_path / "a.csv").write_text(csv(ROWS))
+    (tmp_path / "items.csv").write_text("item,intent\ntea,drinks\npot,kitchen\ncup,kitchen\nale,drinks\n")
+    assert prepare(tmp_path / "a.csv", tmp_path / "items.csv", keep_unseen_items=True).stats() == {
+        "interactions": 6,
+        "items": 4,
+        "intents": 2,
+        "sequences": 2,
+        "mean_length": 3.0,
+        "density": 0.75,
+        "interactions_per_item": 1.5,
+        "users_too_short_to_evaluate": 1,
+    }
+
+
+@pytest.mark.parametrize("moment", ["in the block", "in the last rename"])
+def test_a_write_that_fails_keeps_the_former_folder(tmp_path, monkeypatch, moment):
+    out = tmp_path / "out"
+    names = ["marker.json", "part"]
+    with new_folder(out, "marker.json", "thing", names) as folder:
+        (folder / "marker.json").write_text('{"format": "thing"}')
+        (folder / "part").write_text("former")
+    rename = Path.rename
+
+    def fail(self, target):
+        if self.suffix == ".tmp":
+            raise OSError("no space")
+        return rename(self, target)
+
+    if moment == "in the last rename":
+        monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no space"), new_folder(out, "marker.json", "thing", names) as folder:
+        (folder / "part").write_text("new")
+        assert (out / "part").read_text() == "former"
+        if moment == "in the block":
+            raise OSError("no space")
+    assert (out / "part").read_text() == "former"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_new_folder_replaces_the_former_one_whole(tmp_path):
+    for text, names in (("former", ["marker.json", "part", "more"]), ("new", ["marker.json", "part"])):
+        with new_folder(tmp_path / "out", "marker.json", "thing", ["marker.json", "part", "more"]) as folder:
+            for name in names:
+                (folder / name).write_text('{"format": "thing"}' if name == "marker.json" else text)
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["marker.json", "part"]
+    assert (tmp_path / "out" / "part").read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]

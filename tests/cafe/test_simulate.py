@@ -48,3 +48,13 @@ def test_bytes_follow_the_seed(tmp_path):
 def test_unknown_preset(tmp_path):
     with pytest.raises(ValueError, match="expected one of demo, sparse, amazon, tmall"):
         simulate("huge", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("preset", "table"),
+    [("amazon", (5_370_171, 1_910_226, 1_392, 131_248)), ("tmall", (14_460_516, 1_788_758, 9_999, 131_086))],
+)
+def test_the_large_presets_have_the_counts_of_table_1(preset, table):
+    shop = PRESETS[preset]
+    assert (shop.interactions, shop.items, shop.intents, shop.users) == table
+    assert shop.parquet

@@ -1,0 +1,201 @@
+"""What the options of batches, validation and evaluation do, each against a plain account of it."""
+
+import json
+import threading
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from scipy import stats
+
+from cafe import train
+from cafe.batches import Batches, prefetch
+from cafe.checkpoint import load_checkpoint
+from cafe.config import Config
+from cafe.data.dataset import Dataset, Sequences
+from cafe.evaluate import evaluate
+from cafe.models import build
+
+P_VALUE = 1e-3  # a right sampler fails one seed in a thousand; the seeds are fixed, so what passes once always passes
+TINY = {"dim": 16, "max_len": 8, "batch_size": 32}
+
+
+def of_rows(rows, items, intents=2):
+    """A dataset of these histories; item i has intent i % intents."""
+    indptr = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    ids = [pl.Series([f"{kind}{i}" for i in range(n)]) for kind, n in (("u", len(rows)), ("i", items), ("c", intents))]
+    return Dataset(
+        Sequences(indptr, np.concatenate(rows).astype(np.int32)), (np.arange(items) % intents).astype(np.int32), *ids
+    )
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shared", ["batch", "token"])
+def test_negatives_follow_popularity_to_the_power_alpha(shared, alpha):
+    """Chi-square over 8 items that nobody to be trained on this batch has had, but for two that they have all had."""
+    others = [[0, 1, *[item] * 2 ** (item % 4), 0, 1] for item in range(2, 10)]
+    data = of_rows([[0, 1, 0, 1, 0], *others], 10)
+    batches = Batches(Config.make("sasrec", negatives=8000, negatives_shared=shared, negatives_alpha=alpha), data)
+    drawn = np.bincount(batches(np.array([0]), step=1).negatives.flatten(), minlength=10)
+    popularity = data.train_counts() ** alpha
+    if shared == "token":
+        assert drawn[:2].sum() == 0
+        popularity[:2] = 0
+    observed, weights = drawn[popularity > 0], popularity[popularity > 0]
+    assert stats.chisquare(observed, weights / weights.sum() * observed.sum()).pvalue > P_VALUE
+    for other in {0.0, 0.5, 1.0} - {alpha}:
+        weights = data.train_counts()[popularity > 0] ** other
+        assert stats.chisquare(observed, weights / weights.sum() * observed.sum()).pvalue < 1e-9
+
+
+def test_a_user_who_had_all_there_is_still_gets_negatives():
+    """User 0 has had every item of `train`, and every intent; user 1 has not. Item 5 is only ever held out."""
+    data = of_rows([[0, 1, 2, 3, 4, 0, 1], [0, 2, 0, 5, 5]], 6)
+    options = {"negatives": 200, "negatives_alpha": 1.0}
+    batch = Batches(Config.make("cafe", **options), data)(np.array([0, 1]), step=0)
+    first = batch.sequence == 0
+    assert set(batch.negatives[first].flatten().tolist()) == {0, 1, 2, 3, 4}
+    assert set(batch.negatives[~first].flatten().tolist()) == {1, 3, 4}
+    assert set(batch.intent_negatives[first].flatten().tolist()) <= {0, 1}
+    assert set(batch.intent_negatives[~first].flatten().tolist()) == {1}
+
+
+def test_prefetch_keeps_the_order_and_works_ahead_in_a_thread():
+    threads, ahead, made = set(), threading.Event(), []
+
+    def make(number):
+        threads.add(threading.current_thread())
+        made.append(number)
+        if number == 13:
+            ahead.set()
+        return number * number
+
+    numbers = range(10, 30)
+    source = prefetch(make, numbers, depth=4)
+    assert next(source) == 100
+    assert ahead.wait(10), "nothing was made ahead of what was taken"
+    assert len(made) <= 1 + 4 + 1  # taken, in the queue, waiting to enter it
+    assert list(source) == [number**2 for number in numbers[1:]]
+    assert made == list(numbers)
+    (worker,) = threads
+    assert worker is not threading.current_thread()
+    assert not worker.is_alive()
+
+
+def test_prefetch_passes_on_an_error_after_what_was_made_before_it():
+    def make(number):
+        if number == 2:
+            raise LookupError("no such row")
+        return number
+
+    taken = []
+    with pytest.raises(LookupError, match="no such row"):
+        for value in prefetch(make, range(5)):
+            taken.append(value)
+    assert taken == [0, 1]
+    assert "cafe-batches" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_prefetch_stops_with_who_reads_it():
+    source = prefetch(lambda number: number, range(10**9))
+    next(source)
+    source.close()
+    assert "cafe-batches" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.fixture(scope="module")
+def model(dataset):
+    torch.manual_seed(0)
+    return build(Config.make("cafe", **TINY, init_std=0.5), dataset).eval()
+
+
+@pytest.mark.parametrize("protocol", ["aligned", "full"])
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_max_users_is_a_sample_with_the_candidates_of_the_whole(dataset, model, split, protocol):
+    options = {"split": split, "protocol": protocol, "num_negatives": 20, "seed": 3}
+    whole, some = (evaluate(model, dataset, **options, max_users=users) for users in (None, 30))
+    assert np.array_equal(whole.users, dataset.holdout(split).users)
+    assert len(some.users) == 30
+    assert some.users.max() > 60  # not the first 30
+    place = np.searchsorted(whole.users, some.users)
+    for score in ("item", "joint"):
+        assert np.array_equal(whole.greater[score][place], some.greater[score])
+    fewer = evaluate(model, dataset, **options, max_users=10)
+    assert set(fewer.users) < set(some.users)
+    assert evaluate(model, dataset, **options, max_users=10**6).candidates == whole.candidates
+
+
+def test_split_and_seed_choose_users_and_candidates(dataset, model):
+    results = {
+        (split, seed): evaluate(model, dataset, split, num_negatives=20, seed=seed, max_users=30)
+        for split in ("valid", "test")
+        for seed in (0, 1)
+    }
+    assert len({result.candidates for result in results.values()}) == 4
+    assert len({tuple(result.users) for result in results.values()}) == 4
+    for (split, seed), result in results.items():
+        assert (result.split, result.seed) == (split, seed)
+        assert evaluate(model, dataset, split, num_negatives=20, seed=seed, max_users=30).values("mrr").tolist() == (
+            result.values("mrr").tolist()
+        )
+        lengths = dataset.sequences.lengths[result.users] - (2 if split == "valid" else 1)
+        assert np.array_equal(result.history_length, lengths)
+
+
+@pytest.mark.parametrize("protocol", ["aligned", "full"])
+def test_calibration_keeps_the_weight_that_validates_best(dataset, model, protocol):
+    """Each weight set by hand, evaluated as usual; the best is stored for its ranking and the other's stays."""
+    net = build(Config.make("cafe", **TINY, calibrate=True, valid_users=70), dataset)
+    net.load_state_dict(model.state_dict())
+    place = ("full", "aligned").index(protocol)
+    scores = []
+    for weight in train.INTENT_WEIGHTS:
+        net.intent_weight[place] = weight
+        scores.append(evaluate(net, dataset, "valid", protocol, max_users=70).mean("ndcg@10", "joint"))
+    assert len(set(scores)) > 3
+    net.intent_weight[:] = 7.0
+    found = train._validate(net, dataset, protocol)
+    best = train.INTENT_WEIGHTS[int(np.argmax(scores))]
+    assert best != 1.0
+    assert found["intent_weight"] == best
+    assert found["ndcg@10"] == pytest.approx(max(scores), abs=1e-9)
+    assert net.intent_weight[place] == pytest.approx(best)
+    assert net.intent_weight[1 - place] == 7.0
+    assert evaluate(net, dataset, "valid", protocol, max_users=70).mean("ndcg@10", "joint") == max(scores)
+    plain = build(Config.make("cafe", **TINY, valid_users=70), dataset)
+    plain.load_state_dict(model.state_dict())
+    at_one = scores[train.INTENT_WEIGHTS.index(1.0)]
+    assert train._validate(plain, dataset, protocol)["ndcg@10"] == pytest.approx(at_one, abs=1e-9)
+    assert plain.intent_weight.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("calibrate", [True, False])
+def test_a_fit_validates_when_and_on_whom_it_is_told(dataset, tmp_path, monkeypatch, calibrate):
+    asked = []
+
+    def spy(*arguments, **options):
+        asked.append((*arguments[2:4], options["max_users"]))
+        result = evaluate(*arguments, **options)
+        assert len(result.users) == min(options["max_users"], len(dataset.holdout("valid")))
+        return result
+
+    monkeypatch.setattr(train, "evaluate", spy)
+    options = {"valid_every": 2, "valid_users": 40, "epochs": 5, "calibrate": calibrate, "valid_protocol": "full"}
+    net = train.fit(Config.make("cafe", **TINY, lr=1e-2, **options), dataset, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if "valid" in line] == [1, 3, 4]  # every second, and the last
+    assert asked == [("valid", "full", 40)] * 3 + [("valid", "aligned", 200)] * calibrate
+    tensors, state = load_checkpoint(tmp_path / "run" / "best.safetensors")
+    assert torch.equal(tensors["intent_weight"], net.intent_weight)
+    if not calibrate:
+        assert net.intent_weight.tolist() == [1.0, 1.0]
+        return
+    monkeypatch.undo()
+    stored = net.intent_weight.clone()
+    assert stored[0].item() == pytest.approx(state["intent_weight"])
+    assert stored[1].item() == pytest.approx(state["calibrated"]["aligned"]["intent_weight"])
+    for place, (protocol, users) in enumerate((("full", 40), ("aligned", 200))):
+        found = evaluate(net, dataset, "valid", protocol, max_users=users, intent_weights=train.INTENT_WEIGHTS)
+        scores = [found.mean("ndcg@10", f"joint*{weight}") for weight in train.INTENT_WEIGHTS]
+        assert stored[place].item() == pytest.approx(train.INTENT_WEIGHTS[int(np.argmax(scores))])
