@@ -8,12 +8,18 @@ import json
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+except ModuleNotFoundError as missing:
+    sys.exit(f'error: the cafe command needs {missing.name}: pip install "cafe-kernels[cli]"')
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,7 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Coarse-to-fine sparse sequential recommendation.",
 )
-out_console, err_console = Console(), Console(stderr=True)
+# Ids and paths may hold [ and :, so nothing printed is markup; colours are given as styles.
+out_console, err_console = (Console(stderr=stderr, markup=False, emoji=False) for stderr in (False, True))
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Data = Annotated[Path | None, typer.Option(help="Prepared dataset, if not where the run was trained.")]
@@ -29,9 +36,7 @@ Data = Annotated[Path | None, typer.Option(help="Prepared dataset, if not where 
 
 def main() -> None:
     """Entry point: runs the app and turns errors into one clear line."""
-    warnings.showwarning = lambda message, *_, **__: err_console.print(
-        f"[yellow]warning:[/] {message}", highlight=False
-    )
+    warnings.showwarning = lambda message, *_, **__: _tell("warning", "yellow", message)
     try:
         sys.exit(app(standalone_mode=False) or 0)  # Typer returns the code of typer.Exit, and 130 after Ctrl-C
     except typer.Abort:
@@ -40,14 +45,20 @@ def main() -> None:
         if os.environ.get("CAFE_TRACEBACK"):
             raise
         if hasattr(error, "format_message"):  # click's own: wrong options
-            err_console.print(f"[red]error:[/] {error.format_message()}", highlight=False)
+            _tell("error", "red", error.format_message())
             sys.exit(2)
+        if "DefaultCPUAllocator" in str(error):  # PyTorch's MemoryError is a RuntimeError
+            error = MemoryError(f"out of memory ({str(error).split('DefaultCPUAllocator: ')[-1]})")
         if not isinstance(error, (ValueError, OSError, MemoryError)) and not type(error).__module__.startswith(
             "polars"
         ):
             raise
-        err_console.print("[red]error:[/] " + " ".join(str(error).split()), highlight=False, soft_wrap=True)
+        _tell("error", "red", " ".join(str(error).split()))
         sys.exit(1)
+
+
+def _tell(kind: str, colour: str, message: object) -> None:
+    err_console.print(Text.assemble((f"{kind}: ", colour), str(message)), soft_wrap=True)
 
 
 def emit(data: dict[str, Any]) -> None:
@@ -85,7 +96,7 @@ def prepare(
     dataset = run(
         interactions, items, out, user_col=user_col, item_col=item_col, time_col=time_col, intent_col=intent_col,
         separator=separator, min_sequence_length=min_sequence_length, min_item_count=min_item_count,
-        duplicates=duplicates, drop_incomplete=drop_incomplete, progress=lambda step: err_console.print(f"{step} ..."),
+        duplicates=duplicates, drop_incomplete=drop_incomplete, progress=lambda step: err_console.print(f"{step} ...", soft_wrap=True),
     )  # fmt: skip
     report = {"out": str(out), "stats": dataset.stats(), "preparation": dataset.preparation}
     if as_json:
@@ -119,7 +130,7 @@ def simulate(
     if as_json:
         emit(paths | {"preset": preset, "seed": seed, "simulated": True})
     else:
-        out_console.print("simulated: " + ", ".join(paths.values()), highlight=False)
+        out_console.print("simulated: " + ", ".join(paths.values()), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -138,7 +149,7 @@ def train(
         list[str] | None, typer.Option("--set", help="Any field of the configuration: name=value.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -194,13 +205,15 @@ def train(
             lines.append(event)
             valid = "  ".join(f"{name} {value:.4f}" for name, value in event.get("valid", {}).items())
             bar.console.print(
-                f"epoch {event['epoch'] + 1:3d}  loss {event.get('loss', 0):.4f}  valid {valid}", highlight=False
+                f"epoch {event['epoch'] + 1:3d}  loss {event.get('loss', 0):.4f}  valid {valid}",
+                highlight=False,
+                soft_wrap=True,
             )
 
         try:
             fit(config, dataset, out, data=data, resume=resume, device=device, progress=progress)
         except Interrupted as stop:
-            err_console.print(str(stop), highlight=False)
+            err_console.print(str(stop), highlight=False, soft_wrap=True)
             raise typer.Exit(130) from None
     best = max((line for line in lines if "valid" in line), key=lambda line: line["valid"]["ndcg@10"], default=None)
     if as_json:
@@ -212,6 +225,7 @@ def train(
             f"{out}: best validation NDCG@10 {best['valid']['ndcg@10']:.4f} ({config.valid_protocol}) "
             f"after epoch {best['epoch'] + 1}. Next: cafe evaluate --run {out}",
             highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -234,7 +248,7 @@ def evaluate(
     from cafe.tables import print_comparison, print_evaluation
 
     runs = [run] if baseline is None else [run, baseline]
-    results = [_evaluate(path, data, split, protocol, seed, max_users) for path in runs]
+    results = _told_apart([_evaluate(path, data, split, protocol, seed, max_users) for path in runs], runs)
     if as_json:
         summary = results[0].summary()
         if baseline is not None:
@@ -261,24 +275,35 @@ def compare(
 
     Example: cafe compare runs/sasrec runs/cafe
     """
+    import numpy as np
+
     from cafe.evaluation import compare as paired
+    from cafe.metrics import METRICS, expected_metric
     from cafe.tables import print_comparison, print_evaluation
 
+    expected_metric(metric, np.zeros(1, int), np.zeros(1, int))  # an unknown one is refused before the work
+    if plot is not None and metric not in METRICS:
+        raise ValueError(f"--plot draws one of {', '.join(METRICS)}, not {metric}")
     report: dict[str, Any] = {}
     for name in protocol or ["aligned", "full"]:
-        results = [_evaluate(path, data, split, name, seed, max_users) for path in runs]
+        evaluated = [_evaluate(path, data, split, name, seed, max_users) for path in runs]
+        results = _told_apart(evaluated, runs)
         gains = [paired(result, results[0], metric) for result in results[1:]]
-        report[name] = {"runs": [result.summary() for result in results], "gains": gains}
+        summaries = [
+            {"run": str(path), "label": result.label, **original.summary()}
+            for path, result, original in zip(runs, results, evaluated, strict=True)
+        ]
+        report[name] = {"runs": summaries, "gains": gains}
         if not as_json:
             print_evaluation(out_console, results)
             if gains:
                 print_comparison(out_console, gains)
+    if as_json:
+        emit(report)
     if plot is not None:
         from cafe.plots import plot_comparison
 
         plot_comparison(report, metric, plot)
-    if as_json:
-        emit(report)
 
 
 @app.command()
@@ -315,7 +340,7 @@ def recommend(
         out_console.print("No item of the history is known: these are the most popular items.")
     elif answer.top_intents:
         listed = ", ".join(f"{intent} ({share:.0%})" for intent, share in answer.top_intents)
-        out_console.print(f"Expected next: {listed}", highlight=False)
+        out_console.print(f"Expected next: {listed}", highlight=False, soft_wrap=True)
     table = Table("", "item", "intent", "score")
     for rank, row in enumerate(zip(answer.items, answer.intents, answer.scores, strict=True), 1):
         table.add_row(str(rank), str(row[0]), str(row[1]), f"{row[2]:.3f}")
@@ -327,11 +352,31 @@ def _recommend_file(recommender: Any, users: Path, out: Path, k: int, as_json: b
 
     from cafe.checkpoint import write_atomically
 
-    frame = pl.read_parquet(users) if users.suffix == ".parquet" else pl.read_csv(users, infer_schema=False)
+    frame = (
+        pl.read_parquet(users, glob=False)
+        if users.suffix == ".parquet"
+        else pl.read_csv(users, infer_schema=False, glob=False)
+    )
     if "user" not in frame.columns:
         raise ValueError(f"{users} has no column 'user'; it has {', '.join(frame.columns)}")
-    ids = frame["user"].to_list()
-    answers = recommender.recommend([recommender.history_of(user) for user in ids], k)
+    ids, histories, unknown = [], [], []
+    for user in frame["user"]:
+        try:
+            histories.append(recommender.history_of(user))
+            ids.append(user)
+        except ValueError:
+            unknown.append(user)
+    if unknown:
+        warnings.warn(
+            f"{users}: {len(unknown)} users skipped that are not in the dataset, the first is {unknown[0]!r}",
+            stacklevel=2,
+        )
+    answers = recommender.recommend(histories, k)
+    dataset = recommender.dataset
+    schema = {
+        "user": frame["user"].dtype, "rank": pl.Int64, "item": dataset.item_ids.dtype,
+        "intent": dataset.intent_ids.dtype, "score": pl.Float64,
+    }  # fmt: skip
     table = pl.DataFrame(
         [
             {"user": user, "rank": rank, "item": item, "intent": intent, "score": score}
@@ -339,18 +384,19 @@ def _recommend_file(recommender: Any, users: Path, out: Path, k: int, as_json: b
             for rank, (item, intent, score) in enumerate(
                 zip(answer.items, answer.intents, answer.scores, strict=True), 1
             )
-        ]
+        ],
+        schema,
     )
     import io
 
     buffer = io.BytesIO()
     table.write_parquet(buffer)
     write_atomically(out, buffer.getvalue())
-    report = {"out": str(out), "users": len(ids), "rows": len(table)}
+    report = {"out": str(out), "users": len(ids), "skipped": len(unknown), "rows": len(table)}
     if as_json:
         emit(report)
     else:
-        out_console.print(f"{out}: {len(table):,} rows for {len(ids):,} users", highlight=False)
+        out_console.print(f"{out}: {len(table):,} rows for {len(ids):,} users", highlight=False, soft_wrap=True)
 
 
 def _evaluate(run: Path, data: Path | None, split: str, protocol: str, seed: int, max_users: int | None) -> Any:
@@ -359,13 +405,27 @@ def _evaluate(run: Path, data: Path | None, split: str, protocol: str, seed: int
 
     model, dataset = load_run(run, data)
     with Progress(console=err_console, transient=True, disable=not err_console.is_terminal) as bar:
-        task = bar.add_task(f"{run.name}, {protocol}")
+        task = bar.add_task(escape(f"{run.name}, {protocol}"))
         result = rank(
             model, dataset, split, protocol, seed=seed, max_users=max_users,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
-    result.save(run / f"{split}-{protocol}.npz")
+    if max_users is None:  # a sample does not replace the evaluation of everybody
+        try:
+            result.save(run / f"{split}-{protocol}.npz")
+        except OSError as error:
+            warnings.warn(f"the evaluation is not saved in {run}: {error}", stacklevel=2)
     return result
+
+
+def _told_apart(results: list[Any], runs: list[Path]) -> list[Any]:
+    """The results, with the folder of the run in the labels that would read alike."""
+    labels = [result.label for result in results]
+    names = [str(path) if [other.name for other in runs].count(path.name) > 1 else path.name for path in runs]
+    return [
+        replace(result, model=f"{label} ({name})", preset=None) if labels.count(label) > 1 else result
+        for result, label, name in zip(results, labels, names, strict=True)
+    ]
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -70,7 +70,7 @@ def plot_comparison(report: dict[str, Any], metric: str, path: Path) -> None:
     for panel, (protocol, part) in enumerate(report.items(), 1):
         bars: list[tuple[str, dict[str, Any]]] = []
         for summary in part["runs"]:
-            name = summary["model"] if summary["model"] == "PopRec" else f"{summary['model']} {summary['preset']}"
+            name = summary["label"]
             if "item_score" in summary and summary["score"] != "item":
                 bars += [(f"{name}, joint", summary), (f"{name}, item", summary["item_score"])]
             else:
@@ -78,8 +78,9 @@ def plot_comparison(report: dict[str, Any], metric: str, path: Path) -> None:
         values = [bar["metrics"][metric] for _, bar in bars]
         errors = _errors(values, [bar["ci"][metric] for _, bar in bars])
         axes = figure.add_subplot(1, len(report), panel, title=protocol, xlabel=metric.upper())
-        colors = ["tab:blue" if "joint" in name else "tab:gray" for name, _ in bars]
-        axes.barh([name for name, _ in bars], values, xerr=errors, color=colors, error_kw={"capsize": 3})
+        colors = ["tab:blue" if name.endswith(", joint") else "tab:gray" for name, _ in bars]
+        axes.barh(range(len(bars)), values, xerr=errors, color=colors, error_kw={"capsize": 3})
+        axes.set_yticks(range(len(bars)), [name.replace("$", r"\$") for name, _ in bars])
         axes.invert_yaxis()
     _save(figure, path)
 

@@ -1,6 +1,9 @@
 """Top-k items for histories: the joint score over the whole catalog (Eq. 10) without what the user has had."""
 
+import re
+import reprlib
 import warnings
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,10 +92,15 @@ class Recommender:
         where the catalog has no more unseen ones.
 
         Raises:
-            ValueError: k is not positive.
+            ValueError: k is not positive; a text, or one history where a list of them was expected.
         """
         if k < 1:
             raise ValueError(f"k={k}: expected at least 1")
+        if isinstance(histories, str) or any(isinstance(x, str) or not isinstance(x, Iterable) for x in histories):
+            raise ValueError(
+                f"histories={reprlib.repr(histories)}: expected a list of histories, each a list of item ids, as in "
+                f"[['i20', 'i21']]"
+            )
         known = [
             [self._item_number.get(_as_type(item, self.dataset.item_ids)) for item in history] for history in histories
         ]
@@ -176,10 +184,7 @@ class Recommender:
 
 
 def _as_type(value: Any, ids: pl.Series) -> Any:
-    """`value` as the ids have it: the command line gives text where a dataset may have numbers."""
+    """`value` as the ids have it, or None: the command line gives text where a dataset may have numbers."""
     if isinstance(value, str) and ids.dtype.is_integer():
-        try:
-            return int(value)
-        except ValueError:
-            return None
-    return str(value) if ids.dtype == pl.String else value
+        return int(value) if re.fullmatch("0|-?[1-9][0-9]{0,19}", value) else None
+    return str(value) if ids.dtype == pl.String and value is not None else value

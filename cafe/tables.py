@@ -8,6 +8,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cafe.evaluation import BUCKETS, Evaluation
 
@@ -53,7 +54,7 @@ def print_evaluation(
                 parts.append(("item", summary["item_score"]))
             for score, part in parts:
                 cells = [_cell(part["metrics"][metric], part["ci"][metric]) for metric in metrics]
-                table.add_row(evaluation.label, score, *cells, style="yellow" if artefact else None)
+                table.add_row(Text(evaluation.label), score, *cells, style="yellow" if artefact else None)
         console.print(table)
     for evaluation in many:
         if evaluation.short:
@@ -61,6 +62,8 @@ def print_evaluation(
                 f"{evaluation.label}, {evaluation.protocol}: {evaluation.short:,} users have fewer than "
                 f"{evaluation.num_negatives} negatives, the catalog has no more.",
                 style="yellow",
+                markup=False,
+                soft_wrap=True,
             )
     if breakdown is not None:
         for evaluation, summary in zip(many, summaries, strict=True):
@@ -79,13 +82,14 @@ def print_comparison(console: Console, comparisons: dict[str, Any] | Sequence[di
         gain = "-" if row["ratio"] is None else f"{row['ratio'] - 1:+.0%}"
         if row["ratio_ci"] is not None:
             gain += " [{:+.0%}, {:+.0%}]".format(*(bound - 1 for bound in row["ratio_ci"]))
-        cells = (row["a"], row["b"], row["protocol"], row["metric"], gain, f"{row['p']:.3f}")
+        cells = (Text(row["a"]), Text(row["b"]), row["protocol"], row["metric"], gain, f"{row['p']:.3f}")
         table.add_row(*cells, style="yellow" if row["protocol"] == "authors" else None)
     console.print(table)
 
 
 def _breakdown(evaluation: Evaluation, summary: dict[str, Any], metric: str) -> Table:
-    table = Table(title=f"{evaluation.label}, {evaluation.protocol}, {evaluation.headline} score, by bucket")
+    title = f"{evaluation.label}, {evaluation.protocol}, {evaluation.headline} score, by bucket"
+    table = Table(title=Text(title, style="table.title"))
     table.add_column("by")
     for column in ("bucket", "users", metric):
         table.add_column(column, justify="right")

@@ -243,7 +243,7 @@ class Dataset:
             if checksum(folder / name) != meta["checksums"].get(name):
                 raise ValueError(f"{folder / name} is damaged (its checksum differs): prepare the data again")
         arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ARRAYS}
-        ids = {name: pl.read_parquet(folder / f"{name}.parquet")["id"] for name in VOCABULARIES}
+        ids = {name: pl.read_parquet(folder / f"{name}.parquet", glob=False)["id"] for name in VOCABULARIES}
         sequences = Sequences(arrays["indptr"], arrays["items"])
         return cls(
             sequences, arrays["item_intent"], ids["users"], ids["items"], ids["intents"], meta.get("preparation", {})

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,16 @@ import time
 
 import polars as pl
 import pytest
+from rich.console import Console
+
+from cafe import cli, plots
+from cafe.cli import main
+from cafe.config import Config
+from cafe.evaluate import evaluate
+from cafe.evaluation import compare
+from cafe.models.poprec import PopRec
+from cafe.recommend import Recommender, _as_type
+from cafe.tables import print_comparison, print_evaluation
 
 SHOP = "user,item,timestamp\n" + "".join(
     f"u{u},i{(u * 7 + t * t) % 30},{t}\n" for u in range(40) for t in range(3 + u % 6)
@@ -159,3 +170,140 @@ def test_truncated_parquet_gzip_is_one_line(shop, tmp_path):
     stop = cafe("prepare", "--interactions", tmp_path / "x.parquet.gz", "--out", tmp_path / "d", code=1).stderr
     assert "x.parquet.gz: cannot be read" in stop
     assert "Traceback" not in stop
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """A command in this process: its standard output and error, its exit code checked."""
+
+    def run(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["cafe", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        done = capsys.readouterr()
+        assert stop.value.code == code, done.err
+        return done
+
+    return run
+
+
+def test_brackets_are_text_and_not_markup(shop, tmp_path, call):
+    bracket = {"i2": "[red]i2", "c3": "[/z]books"}
+    for name, text in {"buys.csv": SHOP, "items.csv": ITEMS}.items():
+        rows = [",".join(bracket.get(cell, cell) for cell in line.split(",")) for line in text.splitlines()]
+        (tmp_path / name).write_text("\n".join(rows))
+    data, run = tmp_path / "da[/ta]", tmp_path / "run[/a]"
+    call("prepare", "--interactions", tmp_path / "buys.csv", "--items", tmp_path / "items.csv", "--out", data)
+    call("train", "--data", data, "--out", run, "--epochs", 1, *SMALL)
+    shown = call("recommend", "--run", run, "--history", "i4", "-k", 30).out
+    assert "[red]i2" in shown
+    assert "[/z]books" in shown
+    assert "'[/nothing]'" in call("recommend", "--run", run, "--history", "[/nothing],i4", "--json").err
+    assert "nope[/a]" in call("evaluate", "--run", "nope[/a]", code=1).err
+
+
+def test_labels_are_text_in_tables(dataset, capsys):
+    result = evaluate(PopRec(Config.make("poprec", "paper"), dataset), dataset, name="[/a]")
+    print_evaluation(Console(), result, breakdown="mrr")
+    print_comparison(Console(), compare(result, result))
+    assert capsys.readouterr().out.count("[/a]") == 5
+
+
+def test_users_and_dataset_paths_are_no_patterns(shop, tmp_path, call):
+    folder = tmp_path / "a[b]*?"
+    shutil.copytree(shop / "data", folder / "data")
+    (folder / "users.csv").write_text("user\nu1\n")
+    pl.DataFrame({"user": ["u9"]}).write_parquet(folder / "users.parquet")
+    for name in ("users.csv", "users.parquet"):
+        out = folder / "out.parquet"
+        call("recommend", "--run", shop / "cafe", "--data", folder / "data", "--users", folder / name, "--out", out)
+        assert out.exists()
+        out.unlink()
+
+
+def test_unwritable_run_keeps_the_report_and_a_sample_is_not_saved(shop, tmp_path, call):
+    run = tmp_path / "run"
+    shutil.copytree(shop / "sasrec", run)
+    saved = run / "test-full.npz"
+    saved.unlink(missing_ok=True)
+    call("evaluate", "--run", run, "--protocol", "full", "--max-users", 5)
+    assert not saved.exists()
+    saved.mkdir()  # cannot be replaced by a file
+    done = call("evaluate", "--run", run, "--protocol", "full", "--json")
+    assert json.loads(done.out)["users"] == 40
+    assert "not saved" in done.err
+
+
+def test_compare_tells_two_runs_of_one_model_apart(shop, tmp_path, call):
+    runs = [shop / "sasrec", tmp_path / "again"]
+    shutil.copytree(*runs)
+    full = ["compare", *runs, "--protocol", "full"]
+    done = call(*full, "--plot", tmp_path / "missing" / "a.png", "--json", code=1)
+    report = json.loads(done.out)["full"]
+    assert "missing" in done.err
+    assert [part["run"] for part in report["runs"]] == [str(run) for run in runs]
+    assert [part["model"] for part in report["runs"]] == ["SASRec"] * 2
+    assert report["gains"][0]["a"] == "SASRec best (again)"
+    assert "(again)" in call(*full).out
+    figures = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+        plots.plot_comparison({"full": report}, "mrr", tmp_path / "a.png")
+    assert len({bar.get_y() for bar in figures[0].axes[0].patches}) == 2
+    assert "unknown metric" in call(*full, "--metric", "ndgc@5", code=1).err
+    assert "--plot draws" in call(*full, "--metric", "hr@7", "--plot", tmp_path / "a.png", code=1).err
+
+
+def test_users_not_in_the_dataset_are_counted_and_skipped(shop, tmp_path, call):
+    out = tmp_path / "out.parquet"
+    for name, ids in {"some": ["u1", None, "nobody", "u9"], "none": []}.items():
+        pl.DataFrame({"user": ids}, schema={"user": pl.String}).write_csv(tmp_path / f"{name}.csv")
+    command = ["recommend", "--run", shop / "cafe", "--out", out, "-k", 3, "--json", "--users"]
+    done = call(*command, tmp_path / "some.csv")
+    assert json.loads(done.out) == {"out": str(out), "users": 2, "skipped": 2, "rows": 6}
+    assert "2 users skipped" in done.err
+    schema = pl.read_parquet(out).schema
+    assert call(*command, tmp_path / "none.csv").err == ""
+    assert pl.read_parquet(out).shape == (0, 5)
+    assert pl.read_parquet(out).schema == schema
+
+
+@pytest.mark.parametrize("text", ["1_0", "010", "+10", " 10", "-0", "\u0661\u0660", "9" * 5000, "", None])
+def test_only_canonical_digits_are_a_number(text):
+    ids = pl.Series([10, -3])
+    assert _as_type(text, ids) is None
+    assert [_as_type(value, ids) for value in ("10", "-3", "0", 10)] == [10, -3, 0, 10]
+
+
+@pytest.mark.parametrize("histories", ["text", ["i20", "i21"], [20, 21]])
+def test_a_flat_history_is_refused(dataset, histories):
+    recommender = Recommender(PopRec(Config.make("poprec", "paper"), dataset), dataset)
+    with pytest.raises(ValueError, match="expected a list of histories"):
+        recommender.recommend(histories)
+
+
+def test_too_many_threads_and_no_memory_are_one_line(call, monkeypatch):
+    assert "1024" in call("train", "--out", "run", "--threads", 100_000, code=2).err
+
+    def allocate(**_):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: 9"
+        )
+
+    monkeypatch.setattr(cli, "app", allocate)
+    assert call(code=1).err == "error: out of memory (can't allocate memory: 9)\n"
+
+
+def test_printed_lines_are_not_broken(call, tmp_path):
+    path = tmp_path / ("long " * 20)  # the width of a pipe is 80
+    shown = call("simulate", "--out", path).out
+    assert str(path) in shown
+    assert shown.count("\n") == 1
+
+
+def test_without_the_extra_the_command_says_what_to_install():
+    code = "import sys; sys.modules['typer'] = None; import cafe.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'typer: pip install "cafe-kernels[cli]"' in done.stderr
+    assert "Traceback" not in done.stderr
