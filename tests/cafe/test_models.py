@@ -1,5 +1,6 @@
 """Models against their equations written out, on padded single sequences."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -263,7 +264,7 @@ def test_forward_by_hand(dataset, field):
 
     def by_hand(config):
         rows = []
-        for begin, end in zip(cu, cu[1:], strict=False):
+        for begin, end in pairwise(cu):
             intents = net.item_intent[items[begin:end]]
             embedded = net.item_embedding[items[begin:end]]
             if config.compose_items:

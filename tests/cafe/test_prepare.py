@@ -241,7 +241,7 @@ def test_times_as_text(tmp_path, early, middle, late):
 
 def test_times_of_two_kinds_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text(csv([("a", "x", "2024-03-01"), ("a", "y", 5), ("b", "x", "2024-03-01")]))
-    with pytest.raises(ValueError, match="row 2 of .*'5' is not a timestamp"):
+    with pytest.raises(ValueError, match=r"row 2 of .*'5' is not a timestamp"):
         prepare(tmp_path / "a.csv")
 
 
@@ -337,11 +337,16 @@ def test_a_write_that_fails_keeps_the_former_folder(tmp_path, monkeypatch, momen
 
     if moment == "in the last rename":
         monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="no space"), new_folder(out, "marker.json", "thing", names) as folder:
-        (folder / "part").write_text("new")
-        assert (out / "part").read_text() == "former"
-        if moment == "in the block":
-            raise OSError("no space")
+
+    def write():
+        with new_folder(out, "marker.json", "thing", names) as folder:
+            (folder / "part").write_text("new")
+            assert (out / "part").read_text() == "former"
+            if moment == "in the block":
+                raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        write()
     assert (out / "part").read_text() == "former"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
