@@ -1,6 +1,6 @@
 """Models against their equations written out, on padded single sequences."""
 
-import itertools
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -266,7 +266,7 @@ def test_forward_by_hand(dataset, field):
 
     def by_hand(config):
         rows = []
-        for begin, end in itertools.pairwise(cu):
+        for begin, end in pairwise(cu):
             intents = net.item_intent[items[begin:end]]
             embedded = net.item_embedding[items[begin:end]]
             if config.compose_items:

@@ -421,11 +421,16 @@ def test_a_write_that_fails_keeps_the_former_folder(tmp_path, monkeypatch, momen
 
     if moment == "in the last rename":
         monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="no space"), new_folder(out, "marker.json", "thing", names) as folder:
-        (folder / "part").write_text("new")
-        assert (out / "part").read_text() == "former"
-        if moment == "in the block":
-            raise OSError("no space")
+
+    def write():
+        with new_folder(out, "marker.json", "thing", names) as folder:
+            (folder / "part").write_text("new")
+            assert (out / "part").read_text() == "former"
+            if moment == "in the block":
+                raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        write()
     assert (out / "part").read_text() == "former"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
