@@ -89,10 +89,20 @@ def test_prefetch_passes_on_an_error_after_what_was_made_before_it():
             raise LookupError("no such row")
         return number
 
-    source = prefetch(make, range(5))
-    assert [next(source), next(source)] == [0, 1]
-    with pytest.raises(LookupError, match="no such row"):
-        next(source)
+    taken, errors = [], []
+
+    def read():
+        try:
+            for value in prefetch(make, range(5)):
+                taken.append(value)
+        except LookupError as error:
+            errors.append(str(error))
+
+    reader = threading.Thread(target=read, daemon=True)  # without the error it would wait for ever
+    reader.start()
+    reader.join(5)
+    assert taken == [0, 1]
+    assert errors == ["no such row"]
     assert "cafe-batches" not in {thread.name for thread in threading.enumerate()}
 
 
