@@ -34,7 +34,7 @@ def main() -> None:
     cafe("simulate --preset demo --out demo/files")
     cafe("prepare --interactions demo/files/interactions.csv.gz --items demo/files/items.csv.gz --out demo/data")
     for name, options in RUNS.items():
-        cafe(f"train --data demo/data --out demo/{name} {options}")
+        cafe(f"train --data demo/data --out demo/{name} {options} --threads 1")  # the model is too small for more
     cafe(
         "compare "
         + " ".join(f"demo/{name}" for name in ("sasrec", "poprec", "cafe-paper", "cafe-best"))
