@@ -199,9 +199,9 @@ def _train(
 
 
 class Optimizers(NamedTuple):
-    tables: (
-        RowSparseAdam  # the rows that a step read; all others follow on `flush`, to where dense Adam would have them
-    )
+    """`tables` moves the rows that a step read; all others follow on `flush`, to where dense Adam would have them."""
+
+    tables: RowSparseAdam
     others: torch.optim.AdamW
 
 
