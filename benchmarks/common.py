@@ -90,12 +90,16 @@ def write(name: str, record: dict[str, Any]) -> Path:
 @contextmanager
 def recording(name: str, config: Any, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Within it, tests run on record["threads"] threads; at its end the record is written, and the machine printed past pytest's
-    capture. `config` is the fixture pytestconfig."""
+    capture. A run of some cases (-k) replaces those only: fields of `record` that are empty start as they were written last.
+    `config` is the fixture pytestconfig."""
+    path = RESULTS / f"{name}.json"
+    former = json.loads(path.read_text()) if path.exists() else {}
+    record |= {key: former.get(key, value) for key, value in record.items() if value == {}}
     before = torch.get_num_threads()
     torch.set_num_threads(record["threads"])
     yield record
     torch.set_num_threads(before)
-    path = write(name, record)
+    write(name, record)
     with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(f"\n{machine()}, threads: {record['threads']}\nwritten: {path}")
 

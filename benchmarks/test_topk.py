@@ -11,7 +11,6 @@ Run as `pytest benchmarks/test_topk.py`. Two tables, both (1.91M, 128) with 10,0
 faiss is measured where it can be imported, on the item score alone, which is all it can do. Everybody has all threads.
 """
 
-import json
 import os
 import statistics
 import time
@@ -25,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.common import RESULTS, keep_memory, recording
+from benchmarks.common import keep_memory, recording
 from cafe.config import Config
 from cafe.data import simulate
 from cafe.data.prepare import prepare
@@ -94,10 +93,8 @@ def scaled_up() -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def record(pytestconfig: pytest.Config) -> Iterator[dict[str, Any]]:
     keep_memory()
-    former = RESULTS / "topk.json"  # a run of some cases (-k) replaces those only
-    cases = json.loads(former.read_text())["cases"] if former.exists() else {}
-    head = {"threads": torch.get_num_threads(), "items": ITEMS, "dim": DIM, "k": K}
-    with recording("topk", pytestconfig, head | {"cases": cases}) as record:
+    empty: dict[str, Any] = {"threads": torch.get_num_threads(), "items": ITEMS, "dim": DIM, "k": K, "cases": {}}
+    with recording("topk", pytestconfig, empty) as record:
         yield record["cases"]
 
 

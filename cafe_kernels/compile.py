@@ -254,7 +254,8 @@ def compile_case(case: dict[str, Any], target: str) -> Any:
         raise ValueError(f"no type for the arguments {', '.join(missing)}")
     signature = {n: "constexpr" if n in case["constexprs"] else case["signature"][n] for n in names}
     divisible = case.get("divisible", [n for n in names if signature[n].startswith("*")])
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
+    below_2gb = [["tt.pointer_range", 32]] if t.backend == "hip" else []  # as the launcher says of tensors that are
+    attrs = {(names.index(n),): [["tt.divisibility", 16], *below_2gb] for n in divisible}
     options = {"num_warps": case["num_warps"], "num_stages": case["num_stages"], **case.get("options", {})}
     source = ASTSource(case["kernel"], signature, case["constexprs"], attrs)
     return triton.compile(source, target=GPUTarget(t.backend, t.arch, t.warp_size), options=options)

@@ -155,18 +155,22 @@ def dropout(dropout_p: float) -> tuple[int, float]:
     return min(round(dropout_p * 2**32), 2**32 - 1), 1 / (1 - dropout_p)
 
 
+ONE_VENDOR = {"maxnreg": "NVIDIA", "matrix_instr_nonkdim": "AMD"}  # options that only its compiler knows
+
+
 def launchable(config: dict[str, int]) -> dict[str, int]:
-    """A kernel's configuration without what only NVIDIA's compiler knows, on another GPU."""
-    return {key: value for key, value in config.items() if not (key == "maxnreg" and torch.version.hip)}
+    """A kernel's configuration without what only the other vendor's compiler knows."""
+    vendor = "AMD" if torch.version.hip else "NVIDIA"
+    return {key: value for key, value in config.items() if ONE_VENDOR.get(key, vendor) == vendor}
 
 
 def case(name: str, kernel: Any, constants: dict[str, Any], dtype: str = "fp32") -> dict[str, Any]:
     """A line of compile_cases: what triton.compile needs to know of a kernel, as cafe_kernels.compile reads it."""
     types = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
-    fixed = {key: value for key, value in constants.items() if key not in ("num_warps", "num_stages", "maxnreg")}
+    fixed = {key: value for key, value in constants.items() if key not in ("num_warps", "num_stages", *ONE_VENDOR)}
     if not fixed.get("HAS_BIAS", True):
         fixed |= {name: None for name in ("log_theta", "partial") if name in kernel.arg_names}
     signature = {x: "constexpr" if x in fixed else types.get(x, f"*{dtype}") for x in kernel.arg_names}
     made = {"name": name, "kernel": kernel, "signature": signature, "constexprs": fixed, "dtype": dtype}
-    made["options"] = {"maxnreg": constants["maxnreg"]} if "maxnreg" in constants else {}
+    made["options"] = {key: constants[key] for key in ONE_VENDOR if key in constants}
     return made | {key: constants.get(key, default) for key, default in (("num_warps", 4), ("num_stages", 1))}

@@ -48,14 +48,15 @@ def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
     less than all, blocks are read again. The largest blocks without spilled registers on sm_80, sm_90, sm_100
     and gfx942; maxnreg as in triton_short.py."""
     columns = max(16, triton.next_power_of_2(head_dim))
-    wide = {"BLOCK_D": columns, "CHUNK": columns, "BLOCK": 64, "num_warps": 4, "num_stages": 1}
     if itemsize == 4:
-        return wide | {"CHUNK": min(columns, 32), "BLOCK": 32 if columns <= 64 else 16, "num_warps": 8, "maxnreg": 255}
-    if backward and columns > 64:
-        return wide | {"BLOCK": 32, "num_warps": 8} if columns <= 128 else wide | {"BLOCK": 16}
-    if backward or columns > 128:
-        return wide | {"BLOCK": 32}
-    return wide
+        block, num_warps, chunk = {128: (16, 4, 32), 256: (16, 8, 32)}.get(columns, (32, 8, min(columns, 32)))
+    elif backward:
+        block, num_warps, chunk = {128: (32, 8, 128), 256: (16, 4, 256)}.get(columns, (32, 4, columns))
+    else:
+        block, num_warps, chunk = {256: (32, 4, 256)}.get(columns, (64, 4, columns))
+    found = {"BLOCK_D": columns, "CHUNK": chunk, "BLOCK": block, "num_warps": num_warps, "num_stages": 1}
+    found["matrix_instr_nonkdim"] = 16
+    return found | {"maxnreg": 255} if itemsize == 4 or columns < 64 else found
 
 
 @triton.jit

@@ -48,12 +48,16 @@ PROGRAMS = 1024  # at most so many work on all heads together: a few times what 
 
 def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
     """How the kernels are compiled. CHUNK: columns of q, k, v worked on at a time; where it is less than all, the backward pass reads q,
-    k and grad_out twice. The largest chunks without spilled registers on sm_80, sm_90 and sm_100; maxnreg keeps NVIDIA's compiler from
-    spilling a few registers for the sake of more programs at a time."""
+    k and grad_out twice. The largest chunks without spilled registers on sm_80, sm_90, sm_100 and gfx942; maxnreg keeps NVIDIA's compiler
+    from spilling a few registers for the sake of more programs at a time, and AMD's products of 16 rows have fewer masks for its scalar
+    registers to hold than those of 32."""
     columns = max(16, triton.next_power_of_2(head_dim))
+    common = {"num_stages": 1, "matrix_instr_nonkdim": 16}
     if itemsize == 4:
-        return {"CHUNK": 16, "num_warps": 8, "num_stages": 1, "maxnreg": 255}
-    return {"CHUNK": min(columns, 64), "num_warps": 8 if backward and columns > 64 else 4, "num_stages": 1}
+        return common | {"CHUNK": 16, "num_warps": 8, "maxnreg": 255}
+    if backward and columns > 64:
+        return common | {"CHUNK": columns // 2, "num_warps": 8}
+    return common | {"CHUNK": min(columns, 64), "num_warps": 4}
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
