@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton")
+# Options of a Triton launch that only its compiler knows.
+ONE_VENDOR = {"maxnreg": "NVIDIA", "matrix_instr_nonkdim": "AMD"}
 
 
 def choose_backend(backend: str | None, module: Callable[[str], ModuleType], *tensors: Tensor) -> str:
@@ -42,3 +44,9 @@ def array(x: Tensor | None) -> Any:
 def machine() -> dict[str, Any]:
     """What the C++ extension may use: CAFE_KERNELS_ISA (auto, portable, avx2 or avx512) forces a code path."""
     return {"threads": torch.get_num_threads(), "isa": os.environ.get("CAFE_KERNELS_ISA", "auto")}
+
+
+def launchable(config: dict[str, int]) -> dict[str, int]:
+    """A Triton kernel's configuration without what only the other vendor's compiler knows."""
+    vendor = "AMD" if torch.version.hip else "NVIDIA"
+    return {key: value for key, value in config.items() if ONE_VENDOR.get(key, vendor) == vendor}

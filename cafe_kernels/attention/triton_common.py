@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cafe_kernels.backends import ONE_VENDOR
+
 if "disable_licm" not in inspect.signature(tl.range).parameters:
     raise ImportError(f"triton {triton.__version__} is too old: it has no tl.range(..., disable_licm)")
 
@@ -153,15 +155,6 @@ def reduce(partial: Tensor, dlog_theta: Tensor) -> Tensor:
 def dropout(dropout_p: float) -> tuple[int, float]:
     """What a word must reach to be kept, and the factor of what is kept."""
     return min(round(dropout_p * 2**32), 2**32 - 1), 1 / (1 - dropout_p)
-
-
-ONE_VENDOR = {"maxnreg": "NVIDIA", "matrix_instr_nonkdim": "AMD"}  # options that only its compiler knows
-
-
-def launchable(config: dict[str, int]) -> dict[str, int]:
-    """A kernel's configuration without what only the other vendor's compiler knows."""
-    vendor = "AMD" if torch.version.hip else "NVIDIA"
-    return {key: value for key, value in config.items() if ONE_VENDOR.get(key, vendor) == vendor}
 
 
 def case(name: str, kernel: Any, constants: dict[str, Any], dtype: str = "fp32") -> dict[str, Any]:

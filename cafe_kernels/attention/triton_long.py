@@ -28,7 +28,6 @@ from cafe_kernels.attention.triton_common import (
     dot,
     drop_bits,
     dropout,
-    launchable,
     load,
     mark_dropped,
     product,
@@ -39,6 +38,7 @@ from cafe_kernels.attention.triton_common import (
     zero_dropped,
 )
 from cafe_kernels.attention.workloads import LONG, workloads
+from cafe_kernels.backends import launchable
 
 PROGRAMS = 512  # at most so many share the blocks of queries of all heads in the backward pass
 

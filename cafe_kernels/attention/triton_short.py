@@ -31,7 +31,6 @@ from cafe_kernels.attention.triton_common import (
     drop_bits,
     dropout,
     from_column,
-    launchable,
     load,
     mark_dropped,
     product,
@@ -41,6 +40,7 @@ from cafe_kernels.attention.triton_common import (
     zero_dropped,
 )
 from cafe_kernels.attention.workloads import SHORT, workloads
+from cafe_kernels.backends import launchable
 
 BLOCK = 64  # tokens of a block, and the longest sequence
 PROGRAMS = 1024  # at most so many work on all heads together: a few times what runs at once on a large GPU

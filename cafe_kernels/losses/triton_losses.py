@@ -17,15 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cafe_kernels.backends import ONE_VENDOR, launchable
 from cafe_kernels.losses.ops import parts_of
 
-BLOCK_K, BLOCK_T, CHUNK = 16, 16, 32
+BLOCK_K, BLOCK_T, CHUNK = 16, 16, 16
 # Three bfloat16 parts of a float32 and six products: float32's digits on the tensor cores of NVIDIA and AMD.
 PRECISION = tl.constexpr(
     "ieee" if os.environ.get("TRITON_INTERPRET") == "1" else "bf16x6"
 )  # the interpreter has float32's own product
 LAUNCH = {"num_warps": 4, "num_stages": 1}
-PRODUCTS = {"num_warps": 8, "num_stages": 1}  # for the kernels with products, whose registers are the limit
+# For the kernels with products, whose registers are the limit; maxnreg and matrix_instr_nonkdim as in attention/triton_short.py.
+PRODUCTS = LAUNCH | {"num_warps": 8, "maxnreg": 255, "matrix_instr_nonkdim": 16}
 
 
 def unavailable(h: Tensor, table: Tensor) -> str | None:
@@ -343,7 +345,7 @@ def forward(
     blocks = -(-tokens // BLOCK_T)
     fine = starts if groups else (torch.arange(blocks + 1, device=h.device) * BLOCK_T).clamp(max=tokens)
     common |= {"SEQUENCE": sequence is not None, "GROUPS": groups, "BLOCK_T": BLOCK_T, "BLOCK_K": BLOCK_K}
-    common |= {"CHUNK": min(CHUNK, _block(dim)), **PRODUCTS}
+    common |= {"CHUNK": min(CHUNK, _block(dim)), **launchable(PRODUCTS)}
     lse = torch.empty_like(losses)
     shared_kernel[(len(fine) - 1,)](
         *inputs, sequence, ignore, positive_log_q, negative_log_q, weights, fine, losses, dh, coefficients, lse, count,
@@ -452,8 +454,10 @@ def compile_cases() -> list[dict[str, Any]]:
                 of_table["negatives"] = whole
             constexprs = {n: v for n, v in (flags | absent).items() if n in names}
             signature = {n: "constexpr" if n in constexprs else (types | of_table).get(n, whole) for n in names}
+            launch = PRODUCTS if "BLOCK_T" in names else LAUNCH
             cases.append({
                 "name": f"{kernel.__name__}, {'softmax' if softmax else 'bce'}, d=128, {dtype} table", "kernel": kernel,
-                "signature": signature, "constexprs": constexprs, **(PRODUCTS if "BLOCK_T" in names else LAUNCH), "dtype": "fp32",
+                "signature": signature, "constexprs": constexprs, **LAUNCH, "dtype": "fp32",
+                "num_warps": launch["num_warps"], "options": {key: launch[key] for key in ONE_VENDOR if key in launch},
             })  # fmt: skip
     return cases
