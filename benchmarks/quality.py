@@ -15,9 +15,9 @@ import numpy as np
 import torch
 import typer
 
-from cafe.checkpoint import write_atomically
 from cafe.config import Config
 from cafe.data.dataset import Dataset
+from cafe.data.folders import write_atomically
 from cafe.data.prepare import prepare
 from cafe.evaluate import evaluate
 from cafe.evaluation import Evaluation, compare
@@ -140,7 +140,7 @@ def main(
             for name in RECIPES:
                 run(name, seed, data)
     if seeds_from == 0:
-        write_atomically(Path(__file__).with_name("RESULTS.md"), report(folders, work, seeds).encode())
+        write_atomically({Path(__file__).with_name("RESULTS.md"): report(folders, work, seeds).encode()})
         print(json.dumps({"written": "benchmarks/RESULTS.md"}))
 
 

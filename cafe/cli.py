@@ -350,7 +350,7 @@ def recommend(
 def _recommend_file(recommender: Any, users: Path, out: Path, k: int, as_json: bool) -> None:
     import polars as pl
 
-    from cafe.checkpoint import write_atomically
+    from cafe.data.folders import write_atomically
 
     frame = (
         pl.read_parquet(users, glob=False)
@@ -391,7 +391,7 @@ def _recommend_file(recommender: Any, users: Path, out: Path, k: int, as_json: b
 
     buffer = io.BytesIO()
     table.write_parquet(buffer)
-    write_atomically(out, buffer.getvalue())
+    write_atomically({out: buffer.getvalue()})
     report = {"out": str(out), "users": len(ids), "skipped": len(unknown), "rows": len(table)}
     if as_json:
         emit(report)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cafe.checkpoint import write_atomically
+from cafe.data.folders import write_atomically
 
 
 def plot_curve(run: Path) -> None:
@@ -95,4 +95,4 @@ def _errors(values: Sequence[float], intervals: Sequence[Sequence[float]]) -> li
 def _save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png")
-    write_atomically(path, buffer.getvalue())
+    write_atomically({path: buffer.getvalue()})

@@ -2,14 +2,16 @@
 
 A run folder holds
 
-    config.json         format, version, the configuration, the dataset (path and fingerprint)
+    config.json         format, version, the configuration, the dataset (path and fingerprint), a checksum
     best.safetensors    the model at its best validation
     last.safetensors    model, optimizer and progress after the last finished step that was saved
-    metrics.jsonl       one line per epoch: loss, tokens/s, validation
+    metrics.jsonl       one line per epoch: loss, tokens/s, validation; written anew from last.safetensors, never read
     curve.png           loss and validation by epoch
     theta.png           ln theta against distance, where the model has a distance mask
 
 Every random choice of step s follows from (seed, s), so nothing but the weights and moments has to be saved to resume.
+To resume starts from last.safetensors alone, so a process may be killed between any two writes: what was written after it
+(a better best.safetensors, the half-written .NAME.tmp of a file) is written again, with the same bits.
 """
 
 import fcntl
@@ -31,16 +33,17 @@ import numpy as np
 import torch
 
 from cafe.batches import Batches, prefetch
-from cafe.checkpoint import load_checkpoint, read_state, save_checkpoint, write_atomically
+from cafe.checkpoint import load_checkpoint, read_state, save_checkpoint
 from cafe.config import Config
 from cafe.data.dataset import Dataset
+from cafe.data.folders import read_sealed, seal, write_atomically
 from cafe.evaluate import evaluate
 from cafe.models import Model, build
 from cafe.models.base import RANKINGS, Batch
 from cafe.plots import plot_curve, plot_theta
 from cafe_kernels import DistanceMaskedAttention, RowSparseAdam
 
-FORMAT, VERSION = "cafe-run", 2
+FORMAT, VERSION = "cafe-run", 3
 INTENT_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
 SCORES_TO_CALIBRATE = 10**8  # scores (users times items) that fitting the weight for the whole catalog may compute
 STREAMS = 2**31  # seeds of steps: seed * STREAMS + step
@@ -105,7 +108,7 @@ def _count(model: Model, dataset: Dataset, out: Path, progress: Callable[[dict[s
     line: dict[str, Any] = {"epoch": 0, "step": 0, "loss": 0.0, "valid": _validate(model, dataset)}
     state = {"run": _run_hash(asdict(model.config), dataset.fingerprint), "epoch": 0, "step": 0}
     save_checkpoint(out / "best.safetensors", dict(model.state_dict()), state)
-    write_atomically(out / "metrics.jsonl", (json.dumps(line) + "\n").encode())
+    _write_metrics(out, [line])
     progress(line)
     return model
 
@@ -126,11 +129,14 @@ def _train(
     run_hash = _run_hash(asdict(config), dataset.fingerprint)
     optimizers = make_optimizers(model)
     state: dict[str, Any] = {"step": 0, "best": -1.0, "best_epoch": -1, "since_best": 0, "loss": 0.0, "done": False}
+    state["metrics"] = []
     if resume and (out / "last.safetensors").exists():
         state = _load(out / "last.safetensors", run_hash, partial(_restore, model, optimizers))
+        if state["best_epoch"] >= 0:  # refused now if damaged, and not after hours of training
+            _load(out / "best.safetensors", run_hash, lambda tensors: None)
     state["run"] = run_hash
     if resume:
-        _truncate_metrics(out / "metrics.jsonl", state["step"])
+        _write_metrics(out, state["metrics"])
     saved = time.monotonic()
     while not state["done"]:
         epoch, first = divmod(state["step"], len(batches))
@@ -182,9 +188,9 @@ def _train(
             else:
                 state["since_best"] += 1
         state["done"] = last_epoch or state["since_best"] >= config.patience
-        with (out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        state["metrics"].append(metrics)
         _save_last(out, model, optimizers, state)
+        _write_metrics(out, state["metrics"])
         saved = time.monotonic()
         progress(metrics | {"best_epoch": state["best_epoch"]})
         if interrupted() and not state["done"]:
@@ -265,25 +271,15 @@ def load_run(run: str | Path, data: str | Path | None = None) -> tuple[Model, Da
 def read_run(run: Path) -> dict[str, Any]:
     """config.json of a run folder."""
     try:
-        meta = json.loads((run / "config.json").read_text())
+        meta = read_sealed(run / "config.json", FORMAT, VERSION, "train again")
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{run} is not a run (no config.json): train one with `cafe train --out {run}`"
         ) from None
-    except ValueError as error:
-        raise ValueError(f"{run / 'config.json'} is damaged ({error})") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise ValueError(f"{run / 'config.json'} does not describe a run of cafe train")
-    if meta.get("version") != VERSION:
-        raise ValueError(
-            f"{run} has format version {meta.get('version')}, this release reads {VERSION}: train it again"
-        )
     try:
         Config(**meta["config"])
-        if not isinstance(meta["fingerprint"], str) or not isinstance(meta["data"], str | None):
-            raise TypeError("data and fingerprint must be text")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{run / 'config.json'} was altered ({error}): restore it or train again") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{run / 'config.json'} is of another release ({error}): train again") from None
     return meta
 
 
@@ -300,7 +296,7 @@ def _load(path: Path, run_hash: str, restore: Callable[[dict[str, torch.Tensor]]
     """Passes the tensors of a checkpoint to `restore` and returns its state; one of another run is a ValueError."""
     tensors, state = load_checkpoint(path)
     try:
-        if state.get("run", run_hash) != run_hash:  # runs of before have none
+        if state.get("run") != run_hash:
             raise RuntimeError
         restore(tensors)
     except RuntimeError:
@@ -358,7 +354,8 @@ def _check_out(out: Path, config: Config, dataset: Dataset, resume: bool) -> Non
     """Refuses a folder that can be neither begun nor, with `resume`, gone on with; writes nothing."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is not an empty folder: choose another --out")
-    present = {entry.name for entry in out.iterdir()} - {".lock"} if out.exists() else set()
+    ours = {".lock", ".config.json.tmp"}  # what is left of a process that was killed at once
+    present = {entry.name for entry in out.iterdir()} - ours if out.exists() else set()
     if "config.json" not in present:
         if resume:
             raise FileNotFoundError(f"{out} holds no run to resume: leave --resume out")
@@ -398,7 +395,7 @@ def _open_run(out: Path, config: Config, dataset: Dataset, data: str | Path | No
         "fingerprint": dataset.fingerprint,
         "torch": torch.__version__,
     }
-    write_atomically(out / "config.json", json.dumps(meta, indent=2).encode())
+    write_atomically({out / "config.json": seal(meta)})
 
 
 def _save_last(out: Path, model: Model, optimizers: Optimizers, state: dict[str, Any]) -> None:
@@ -420,13 +417,8 @@ def _restore(model: Model, optimizers: Optimizers, tensors: dict[str, torch.Tens
         optimizer.load_state_dict(saved)
 
 
-def _truncate_metrics(path: Path, step: int) -> None:
-    """Drops the lines of steps after the checkpoint, which will be run again, and one that was cut off."""
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("}\n")]
-    write_atomically(path, "".join(line for line in whole if json.loads(line)["step"] <= step).encode())
+def _write_metrics(out: Path, lines: list[dict[str, Any]]) -> None:
+    write_atomically({out / "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in lines).encode()})
 
 
 @contextmanager

@@ -5,7 +5,7 @@ item is the test answer, the last but one the validation answer, everything befo
 
 On the disk it is a folder:
 
-    meta.json           format, version, counts, checksums, fingerprint, how it was prepared and what was dropped
+    meta.json           format, version, counts, checksums (its own too), fingerprint, how it was prepared and what was dropped
     indptr.npy          int64 (users + 1)   row u of items is items[indptr[u]:indptr[u + 1]]
     items.npy           int32 (interactions)
     item_intent.npy     int32 (items)
@@ -13,7 +13,6 @@ On the disk it is a folder:
 """
 
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,10 +23,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from cafe.data.folders import checksum, new_folder, write_file
+from cafe.data.folders import checksum, new_folder, read_sealed, seal, write_file
 
 FORMAT = "cafe-dataset"
-VERSION = 1
+VERSION = 2
 MARKER = "meta.json"
 ARRAYS = {"indptr": np.int64, "items": np.int32, "item_intent": np.int32}
 VOCABULARIES = ("users", "items", "intents")
@@ -225,7 +224,7 @@ class Dataset:
                 "preparation": self.preparation,
                 "checksums": checksums,
             }
-            write_file(folder / MARKER, [json.dumps(meta, indent=2).encode()])
+            write_file(folder / MARKER, [seal(meta)])
 
     @classmethod
     def load(cls, path: str | Path) -> "Dataset":
@@ -262,17 +261,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} is not a folder: expected a dataset made by `cafe prepare`")
     if not (folder / MARKER).is_file():
         raise ValueError(f"{folder} is not a prepared dataset (no {MARKER}): make one with `cafe prepare`")
-    try:
-        meta = json.loads((folder / MARKER).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{folder / MARKER} is damaged ({error}): prepare the data again") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT or not isinstance(meta.get("checksums"), dict):
-        raise ValueError(f"{folder / MARKER} does not describe a prepared dataset: make one with `cafe prepare`")
-    if meta.get("version") != VERSION:
-        raise ValueError(
-            f"{folder} has format version {meta.get('version')}, this release reads {VERSION}: prepare the data again"
-        )
-    return meta
+    return read_sealed(folder / MARKER, FORMAT, VERSION, "prepare the data again with `cafe prepare`")
 
 
 def _npy(array: np.ndarray) -> list[Any]:

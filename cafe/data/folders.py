@@ -1,7 +1,7 @@
-"""Result folders that are there whole or not at all.
+"""Result files and folders that are there whole or not at all, and JSON files that know whether they are as written.
 
-Every file is written into a temporary folder beside the wanted one and flushed to the disk; the folder is then renamed.
-Whatever goes wrong before the rename, the former result is still there and nothing half-written is left.
+What is new is written beside the wanted place, flushed to the disk and then renamed. Whatever goes wrong before the
+rename, the former result is still there and nothing half-written is left.
 """
 
 import json
@@ -26,8 +26,51 @@ def write_file(path: Path, chunks: Iterable[Any]) -> str:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}; what was there before is kept") from None
+        raise OSError(
+            f"cannot write {path}: {error.strerror}; what was there before is kept. Put that right and run it again "
+            "(cafe train: with --resume)"
+        ) from None
     return digest.hexdigest()
+
+
+def write_atomically(contents: dict[Path, bytes]) -> None:
+    """Writes files beside the wanted ones and renames them once ALL are on the disk: each is the former or the whole new one."""
+    temporary = {path.with_name(f".{path.name}.tmp"): path for path in contents}
+    try:
+        for file, path in temporary.items():
+            write_file(file, [contents[path]])
+        for file, path in temporary.items():
+            file.replace(path)
+        for folder in {path.parent for path in contents}:
+            _flush_folder(folder)
+    except BaseException:
+        for file in temporary:
+            file.unlink(missing_ok=True)
+        raise
+
+
+def seal(meta: dict[str, Any]) -> bytes:
+    """JSON of `meta` with a checksum of it, for `read_sealed`."""
+    return json.dumps(meta | {"checksum": _checksum_of(meta)}, indent=2).encode()
+
+
+def read_sealed(path: Path, format: str, version: int, remedy: str) -> dict[str, Any]:
+    """What `seal` wrote to `path`; anything else is a ValueError that names the file and ends in the `remedy`."""
+    try:
+        meta = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or {remedy}") from None
+    if not isinstance(meta, dict) or meta.get("format") != format:
+        raise ValueError(f"{path} does not describe a {format}: restore it, or {remedy}")
+    if meta.get("version") != version:
+        raise ValueError(f"{path} has format version {meta.get('version')}, this release reads {version}: {remedy}")
+    if meta.pop("checksum", None) != _checksum_of(meta):
+        raise ValueError(f"{path} is damaged or was altered (its checksum differs): restore it, or {remedy}")
+    return meta
+
+
+def _checksum_of(meta: dict[str, Any]) -> str:
+    return blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def checksum(path: Path) -> str:

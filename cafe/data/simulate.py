@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from cafe.data.folders import write_atomically
+
 STAY, FOLLOW, NEAR, NEIGHBOURS, REACH = 0.65, 0.25, 0.6, 4, 3
 THINGS = ["camping", "kitchen", "garden", "bath", "office", "music", "games", "baby", "pets", "car"]
 KINDS = ["tools", "lights", "storage", "care", "covers", "sets", "spares", "gifts"]
@@ -50,6 +52,7 @@ def simulate(preset: str, out: str | Path, seed: int = 0) -> dict[str, Path]:
 
     Raises:
         ValueError: no such preset.
+        OSError: the disk is full or may not be written; what was in `out` is still there.
 
     Example:
         >>> import tempfile
@@ -77,12 +80,12 @@ def simulate(preset: str, out: str | Path, seed: int = 0) -> dict[str, Path]:
             "timestamp": start[user] + 3600 * np.arange(len(user)),
         }
     )
-    folder = Path(out)
+    folder, suffix = Path(out), ".parquet" if shop.parquet else ".csv.gz"
     folder.mkdir(parents=True, exist_ok=True)
-    return {
-        "interactions": _write(interactions, folder / "interactions", shop.parquet),
-        "items": _write(items, folder / "items", shop.parquet),
-    }
+    frames = {"interactions": interactions, "items": items}
+    paths = {name: folder / f"{name}{suffix}" for name in frames}
+    write_atomically({paths[name]: _bytes(frame, shop.parquet) for name, frame in frames.items()})
+    return paths
 
 
 def draw(shop: Shop, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -166,15 +169,10 @@ def _cover(rng: np.random.Generator, item: np.ndarray, intent: np.ndarray, item_
     item[spare[spare_start + within]] = unseen
 
 
-def _write(frame: pl.DataFrame, stem: Path, parquet: bool) -> Path:
-    from cafe.checkpoint import write_atomically
-
-    path = stem.with_name(stem.name + (".parquet" if parquet else ".csv.gz"))
+def _bytes(frame: pl.DataFrame, parquet: bool) -> bytes:
     buffer = io.BytesIO()
     if parquet:
         frame.write_parquet(buffer)
-        write_atomically(path, buffer.getvalue())
-    else:
-        frame.write_csv(buffer)
-        write_atomically(path, gzip.compress(buffer.getvalue(), mtime=0))
-    return path
+        return buffer.getvalue()
+    frame.write_csv(buffer)
+    return gzip.compress(buffer.getvalue(), mtime=0)

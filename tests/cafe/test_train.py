@@ -16,9 +16,10 @@ import torch
 from cafe.checkpoint import load_checkpoint, save_checkpoint
 from cafe.config import Config
 from cafe.data.dataset import Sequences
+from cafe.data.folders import seal
 from cafe.evaluate import evaluate
 from cafe.recommend import Recommender
-from cafe.train import Interrupted, Optimizers, _truncate_metrics, fit, load_run, make_optimizers
+from cafe.train import Interrupted, Optimizers, fit, load_run, make_optimizers
 
 TINY = {"dim": 16, "max_len": 8, "batch_size": 16, "epochs": 3}
 
@@ -224,13 +225,6 @@ def test_a_run_of_another_version_or_dataset_is_refused(run, other_dataset, tmp_
         load_run(tmp_path / "data")
 
 
-def test_a_line_of_the_log_that_was_cut_off_does_not_stop_a_resume(tmp_path):
-    log = tmp_path / "metrics.jsonl"
-    log.write_text('{"step": 3}\n{"step": 6}\n{"step": 9, "lo')
-    _truncate_metrics(log, 3)
-    assert log.read_text() == '{"step": 3}\n'
-
-
 def test_ctrl_c_at_any_step_loses_nothing(dataset, tmp_path):
     """Also at the last step of an epoch, whose validation must not be lost, and of the run, which must not go on."""
     config = Config.make("sasrec", "paper", **TINY | {"epochs": 2, "batch_size": 60})
@@ -257,11 +251,12 @@ def test_ctrl_c_at_any_step_loses_nothing(dataset, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda meta: meta["config"].update(depth=3), "altered"),
+        (lambda meta: meta["config"].update(depth=3), "of another release"),
         (lambda meta: meta["config"].update(dim=32), "does not fit"),
         (lambda meta: meta["config"].update(score_scale="sqrt_head_dim"), "config.json was altered"),
-        (lambda meta: meta.pop("data"), "altered"),
-        (lambda meta: meta.update(config=[]), "altered"),
+        (lambda meta: meta.pop("data"), None),
+        (lambda meta: meta.update(fingerprint="0"), "another dataset"),
+        (lambda meta: meta.update(config=[]), "of another release"),
     ],
 )
 def test_an_altered_config_is_refused_by_name(dataset, tmp_path, change, message):
@@ -270,6 +265,14 @@ def test_an_altered_config_is_refused_by_name(dataset, tmp_path, change, message
     meta = json.loads((tmp_path / "run" / "config.json").read_text())
     change(meta)
     (tmp_path / "run" / "config.json").write_text(json.dumps(meta))
+    with pytest.raises(
+        ValueError, match=r"config\.json is damaged or was altered \(its checksum differs\): restore it"
+    ):
+        load_run(tmp_path / "run")
+    if message is None:
+        return
+    del meta["checksum"]
+    (tmp_path / "run" / "config.json").write_bytes(seal(meta))  # as if the run were another one's
     with pytest.raises(ValueError, match=message):
         load_run(tmp_path / "run")
 
@@ -303,7 +306,7 @@ def test_a_run_that_failed_before_it_saved_anything_is_begun_again(dataset, tmp_
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["lr"] == config.lr
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="does not describe a run"):
+    with pytest.raises(ValueError, match="does not describe a cafe-run: restore it"):
         fit(config, dataset, tmp_path / "other")
     assert (tmp_path / "other" / "config.json").read_text() == "{}"
 
@@ -348,10 +351,11 @@ def test_a_resume_refuses_an_altered_config_and_the_checkpoint_of_another_run(da
     config, other = (Config.make("sasrec", **TINY | {"epochs": 1}, seed=seed) for seed in (0, 1))
     fit(config, dataset, tmp_path / "run")
     meta = json.loads((tmp_path / "run" / "config.json").read_text())
-    (tmp_path / "run" / "config.json").write_text(json.dumps(meta | {"config": meta["config"] | {"seed": 1}}))
+    del meta["checksum"]
+    (tmp_path / "run" / "config.json").write_bytes(seal(meta | {"config": meta["config"] | {"seed": 1}}))
     with pytest.raises(ValueError, match=r"last\.safetensors does not fit config\.json: config\.json was altered"):
         fit(other, dataset, tmp_path / "run", resume=True)
-    (tmp_path / "run" / "config.json").write_text(json.dumps(meta))
+    (tmp_path / "run" / "config.json").write_bytes(seal(meta))
     fit(config, dataset, tmp_path / "run", resume=True)
     save_checkpoint(tmp_path / "run" / "last.safetensors", {"model.a": torch.zeros(1)}, {"step": 1})
     with pytest.raises(ValueError, match=r"last\.safetensors does not fit"):
