@@ -148,7 +148,13 @@ def train(
     option: Annotated[
         list[str] | None, typer.Option("--set", help="Any field of the configuration: name=value.")
     ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or bf16, of products in training.", show_default="fp32")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    table: Annotated[
+        str, typer.Option(help="Where the item table is: device, or host if it is larger than that.")
+    ] = "device",
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     as_json: Json = False,
@@ -167,7 +173,9 @@ def train(
         torch.set_num_threads(threads)
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: no GPU is usable here; leave --device out")
-    overrides = {"epochs": epochs, "seed": seed, "batch_size": batch_size, "lr": lr, "dim": dim, "max_len": max_len}
+    overrides: dict[str, Any] = {
+        "epochs": epochs, "seed": seed, "batch_size": batch_size, "lr": lr, "dim": dim, "max_len": max_len, "precision": precision
+    }  # fmt: skip
     overrides = {name: value for name, value in overrides.items() if value is not None} | dict(
         map(_assignment, option or [])
     )
@@ -211,7 +219,7 @@ def train(
             )
 
         try:
-            fit(config, dataset, out, data=data, resume=resume, device=device, progress=progress)
+            fit(config, dataset, out, data=data, resume=resume, device=device, table=table, progress=progress)
         except Interrupted as stop:
             err_console.print(str(stop), highlight=False, soft_wrap=True)
             raise typer.Exit(130) from None

@@ -23,7 +23,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.func import functional_call
 
 from cafe.batches import Batches, prefetch
 from cafe.checkpoint import load_checkpoint, read_state, save_checkpoint
@@ -42,11 +43,13 @@ from cafe.models import Model, build
 from cafe.models.base import RANKINGS, Batch
 from cafe.plots import plot_curve, plot_theta
 from cafe_kernels import DistanceMaskedAttention, RowSparseAdam
+from cafe_kernels.host_table import give_back, lend
 
 FORMAT, VERSION = "cafe-run", 3
 INTENT_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
 SCORES_TO_CALIBRATE = 10**8  # scores (users times items) that fitting the weight for the whole catalog may compute
 STREAMS = 2**31  # seeds of steps: seed * STREAMS + step
+STEPS_BETWEEN_READS = 50  # of the loss on a GPU, since to read it is to wait for the step
 
 
 class Interrupted(KeyboardInterrupt):
@@ -61,6 +64,7 @@ def fit(
     data: str | Path | None = None,
     resume: bool = False,
     device: str = "cpu",
+    table: str = "device",
     checkpoint_seconds: float = 60.0,
     progress: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> Model:
@@ -71,15 +75,19 @@ def fit(
         resume: go on with the run in `out`; the weights are bit-identical to those of an uninterrupted run on the same
             machine with the same number of threads.
         device: torch device.
+        table: where the item table and its optimizer's state are. "host" is for tables larger than the device: a step's rows visit it
+            (cafe_kernels.host_table), and validation is on the CPU. The result is the same.
         checkpoint_seconds: at least this often the state is saved.
-        progress: called with {"step", "steps", "tokens", "loss"} after each step and with the metrics of each epoch.
+        progress: called with {"step", "steps", "tokens", "loss"} after each step and with the metrics of each epoch. On a GPU the
+            loss is the newest that was read.
 
     Returns:
         The model at its best validation.
 
     Raises:
         ValueError: the run in `out` has another configuration or dataset, there is nothing to train or validate on, or the
-            loss is not finite.
+            loss is not finite. (On a GPU that is noticed when losses are read, up to STEPS_BETWEEN_READS steps later, yet always
+            before anything is saved: what is saved has finite losses behind it.)
         FileExistsError: `out` holds something else, or a run and `resume` is not set.
         BlockingIOError: another process trains in `out`.
         Interrupted: Ctrl-C; the state is saved.
@@ -92,7 +100,10 @@ def fit(
     if len(dataset.holdout("valid").users) == 0:
         raise ValueError("nobody to validate on: no user has three interactions or more")
     torch.manual_seed(config.seed)
-    model = build(config, dataset).to(device)
+    if table not in ("device", "host"):
+        raise ValueError(f"table={table!r}: expected 'device' or 'host'")
+    model, on_host = build(config, dataset), table == "host" and config.model != "poprec"
+    place(model, torch.device(device), on_host)
     batches = None if config.model == "poprec" else Batches(config, dataset)
     with _locked(out):  # from here on files are written
         _check_out(out, config, dataset, resume)  # as another process may have left it
@@ -100,7 +111,9 @@ def fit(
         if batches is None:
             return _count(model, dataset, out, progress)
         with _interrupt_flag(out) as interrupted:
-            return _train(model, dataset, batches, out, resume, device, checkpoint_seconds, progress, interrupted)
+            return _train(
+                model, dataset, batches, out, resume, device, on_host, checkpoint_seconds, progress, interrupted
+            )
 
 
 def _count(model: Model, dataset: Dataset, out: Path, progress: Callable[[dict[str, Any]], None]) -> Model:
@@ -120,6 +133,7 @@ def _train(
     out: Path,
     resume: bool,
     device: str,
+    on_host: bool,
     checkpoint_seconds: float,
     progress: Callable[[dict[str, Any]], None],
     interrupted: Callable[[], bool],
@@ -137,34 +151,40 @@ def _train(
     state["run"] = run_hash
     if resume:
         _write_metrics(out, state["metrics"])
-    saved = time.monotonic()
+    saved, target = time.monotonic(), torch.device(device)
+    pin = target.type == "cuda"
+    losses: list[torch.Tensor] = []  # of the last steps, not read yet
+    shown = math.nan
     while not state["done"]:
         epoch, first = divmod(state["step"], len(batches))
         rows = np.array_split(batches.order(epoch), range(config.batch_size, len(batches.rows), config.batch_size))
-        make = partial(_make, batches, rows, epoch * len(batches))
+        make = partial(_make, batches, rows, epoch * len(batches), pin, on_host)
         started, tokens = time.monotonic(), 0
         made = prefetch(make, range(first, len(batches)))
         model.train()
         for batch in made:
-            value = train_step(model, optimizers, batch.to(torch.device(device)))
+            losses.append(train_step(model, optimizers, batch.to(target)))
             state["step"] += 1
-            state["loss"] += value
             tokens += len(batch.items)
+            if target.type == "cpu" or len(losses) == STEPS_BETWEEN_READS or math.isnan(shown):
+                shown = _read(losses, state, config.lr)
             progress(
                 {
                     "step": state["step"],
                     "steps": config.epochs * len(batches),
                     "tokens": len(batch.items),
-                    "loss": value,
+                    "loss": shown,
                 }
             )
             if state["step"] % len(batches) == 0:
                 break  # what ends the epoch must be in the checkpoint too
             if interrupted() or time.monotonic() - saved > checkpoint_seconds:
+                _read(losses, state, config.lr)
                 _save_last(out, model, optimizers, state)
                 saved = time.monotonic()
             if interrupted():
                 raise Interrupted(f"interrupted after step {state['step']}; saved. Go on with: {_resume_command(out)}")
+        _read(losses, state, config.lr)
         seconds = time.monotonic() - started
         metrics: dict[str, Any] = {
             "epoch": epoch,
@@ -176,7 +196,10 @@ def _train(
         optimizers.tables.flush()
         last_epoch = epoch + 1 >= config.epochs
         if (epoch + 1) % config.valid_every == 0 or last_epoch:
+            if on_host:
+                model.to("cpu")
             metrics["valid"] = _validate(model, dataset)
+            place(model, target, on_host)
             better = metrics["valid"]["ndcg@10"] > state["best"]
             if better:
                 state |= {"best": metrics["valid"]["ndcg@10"], "best_epoch": epoch, "since_best": 0}
@@ -196,6 +219,8 @@ def _train(
         if interrupted() and not state["done"]:
             raise Interrupted(f"interrupted after step {state['step']}; saved. Go on with: {_resume_command(out)}")
     plot_curve(out)
+    if on_host:
+        model.to("cpu")
     _calibrate(model, dataset, out)
     masks = [part for part in model.modules() if isinstance(part, DistanceMaskedAttention) and part.max_distance]
     if masks:
@@ -211,6 +236,14 @@ class Optimizers(NamedTuple):
     others: torch.optim.AdamW
 
 
+def place(model: Model, device: torch.device, on_host: bool) -> None:
+    """Moves the model to `device`, `on_host` without its tables, which stay on the CPU."""
+    names = [name for name, p in model.named_parameters() if on_host and any(p is table for table in model.tables())]
+    kept = {name: model._parameters.pop(name) for name in names}
+    model.to(device)
+    model._parameters.update(kept)
+
+
 def make_optimizers(model: Model) -> Optimizers:
     """Adam with decoupled weight decay, as the model's configuration says."""
     options: dict[str, Any] = {"lr": model.config.lr, "weight_decay": model.config.weight_decay}
@@ -219,27 +252,51 @@ def make_optimizers(model: Model) -> Optimizers:
     return Optimizers(RowSparseAdam(tables, mode="exact", **options), torch.optim.AdamW(others, fused=True, **options))
 
 
-def train_step(model: Model, optimizers: Optimizers, batch: Batch) -> float:
-    """One step on `batch`, whose number fixes the dropout; returns the loss.
+def train_step(model: Model, optimizers: Optimizers, batch: Batch) -> torch.Tensor:
+    """One step on `batch`, whose number fixes the dropout; returns the loss, a scalar tensor. It never waits for a GPU, unless the
+    table is in host memory (batch.rows).
 
     Raises:
-        ValueError: the loss is not finite; the weights are then as before.
+        ValueError: on the CPU, the loss is not finite; the weights are then as before.
     """
     torch.manual_seed(model.config.seed * STREAMS + batch.step)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    for table, rows in zip(model.tables(), model.rows_read(batch), strict=True):
+    rows_read = model.rows_read(batch) if batch.rows is None else [batch.rows]
+    for table, rows in zip(model.tables(), rows_read, strict=True):
         optimizers.tables.catch_up(table, rows)
-    loss = model.loss(batch)
-    value = loss.item()
-    if not math.isfinite(value):
-        raise ValueError(
-            f"the loss became {value} at step {batch.step}: start a new run with a lower --lr than {model.config.lr}"
-        )
+    lent: dict[str, torch.Tensor] = {}
+    device = batch.items.device
+    if batch.rows is not None:
+        lent = {name: lend(p, batch.rows, device) for name, p in model.named_parameters() if p is model.tables()[0]}
+        lent["item_intent"] = model.item_intent[batch.rows.to(device, non_blocking=True)]
+    low = model.config.precision == "bf16"
+    with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
+        loss = functional_call(model, lent, (batch,)) if lent else model.loss(batch)
+    if loss.device.type == "cpu":
+        _check_finite(loss.item(), batch.step, model.config.lr)
     loss.backward()
+    for name in lent.keys() - {"item_intent"}:
+        assert batch.rows is not None
+        give_back(model.get_parameter(name), batch.rows, lent[name])
     for optimizer in optimizers:
         optimizer.step()
+    return loss.detach()
+
+
+def _read(losses: list[torch.Tensor], state: dict[str, Any], lr: float) -> float:
+    """Adds the losses up to state["step"] to state["loss"], empties the list and returns the newest."""
+    value = math.nan
+    for step, value in enumerate(torch.stack(losses).tolist() if losses else [], state["step"] - len(losses)):
+        _check_finite(value, step, lr)
+        state["loss"] += value
+    losses.clear()
     return value
+
+
+def _check_finite(loss: float, step: int, lr: float) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss became {loss} at step {step}: start a new run with a lower --lr than {lr}")
 
 
 def load_run(run: str | Path, data: str | Path | None = None) -> tuple[Model, Dataset]:
@@ -311,8 +368,10 @@ def _calibrates(config: Config) -> bool:
     return config.calibrate and config.model == "cafe"
 
 
-def _make(batches: Batches, rows: list[np.ndarray], base: int, number: int) -> Batch:
-    return batches(rows[number], base + number)
+def _make(batches: Batches, rows: list[np.ndarray], base: int, pin: bool, on_host: bool, number: int) -> Batch:
+    batch = batches(rows[number], base + number)
+    batch = batch.of_its_rows() if on_host else batch
+    return batch.pinned() if pin else batch
 
 
 def _validate(

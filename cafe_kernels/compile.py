@@ -42,6 +42,7 @@ MODULES = [  # every module of the library with compile_cases(), which a test ch
     "cafe_kernels.attention.triton_long",
     "cafe_kernels.losses.triton_losses",
     "cafe_kernels.optim.triton_rows",
+    "cafe_kernels.sampling.triton_sampler",
     "cafe_kernels.topk.triton_topk",
 ]
 BYTES_BOUND = 1.1

@@ -1,6 +1,6 @@
 """What all models share: the interface of scoring, and the batch that training feeds them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,8 @@ class Batch:
     negative_log_q: log of the expected count of each draw, like negatives; positive_log_q (T,) likewise.
     intent_negatives: int64 (T, 1) where intents are trained with one negative.
     step: number of the training step; with the seed it fixes every random choice.
+    rows: int64 (n,), with a table in host memory: the items of the batch, ascending; items, positives and negatives are then
+        numbers of these rows. It stays on the host.
     """
 
     items: Tensor
@@ -41,10 +43,27 @@ class Batch:
     positive_log_q: Tensor | None
     intent_negatives: Tensor | None
     step: int
+    rows: Tensor | None = None
+
+    def of_its_rows(self) -> "Batch":
+        """The batch for a table in host memory, of which only its own `rows` visit the device."""
+        parts = self.items, self.positives, self.negatives
+        rows, place = torch.unique(torch.cat([x.flatten() for x in parts]), return_inverse=True)
+        items, positives, negatives = (
+            x.view(part.shape) for x, part in zip(place.split([p.numel() for p in parts]), parts, strict=True)
+        )
+        return replace(self, items=items, positives=positives, negatives=negatives, rows=rows)
+
+    def pinned(self) -> "Batch":
+        """A copy in page-locked memory, from where `to` copies to a GPU while the CPU goes on."""
+        pinned: dict[str, Any] = {
+            name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in vars(self).items()
+        }
+        return Batch(**pinned)
 
     def to(self, device: torch.device) -> "Batch":
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and name != "rows" else value
             for name, value in vars(self).items()
         }
         return Batch(**moved)
@@ -93,6 +112,9 @@ class Model(nn.Module):
     def loss(self, batch: Batch) -> Tensor:
         """The mean training loss of a batch, a scalar."""
         raise NotImplementedError(f"{type(self).__name__}.loss")
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.loss(batch)
 
     def tables(self) -> list[nn.Parameter]:
         """The (rows, d) tables whose gradients are sparse: those of which a step reads only some rows."""

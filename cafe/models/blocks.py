@@ -51,13 +51,15 @@ class Block(nn.Module):
         options: dict[str, Any] = {"max_seqlen": max_seqlen, "positions": positions, "seed": seed, "offset": offset}
         query = self.norm_attention(x)
         if self.config.block == "query_norm":
-            x = self.attention.packed(query, cu_seqlens, key_value=x, **options).mul_(masks[0]).add_(query)
+            attended = self.attention.packed(query, cu_seqlens, key_value=x, **options).to(x.dtype)
+            x = attended.mul_(masks[0]).add_(query)
             normed = x = self.norm_feed_forward(x)
         else:
-            x = self.attention.packed(query, cu_seqlens, **options).mul_(masks[0]).add_(x)
+            attended = self.attention.packed(query, cu_seqlens, **options).to(x.dtype)
+            x = attended.mul_(masks[0]).add_(x)
             normed = self.norm_feed_forward(x)
         inner = self.inner(normed).mul_(masks[1]).relu_()  # a mask is not negative: ReLU and dropout commute
-        return self.outer(inner).mul_(masks[2]).add_(x)
+        return self.outer(inner).to(x.dtype).mul_(masks[2]).add_(x)  # under autocast too, the residual is float32
 
 
 class Encoder(nn.Module):

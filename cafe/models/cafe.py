@@ -49,7 +49,7 @@ class CAFE(SASRec):
         """BCE over the next intent and one negative (Eq. 9), or the full softmax over intents; coarse (T, d)."""
         positives = self.item_intent[batch.positives]
         if self.config.intent_loss == "softmax":
-            return cross_entropy(coarse @ self.intent_embedding.T, positives)
+            return cross_entropy((coarse @ self.intent_embedding.T).float(), positives)
         assert batch.intent_negatives is not None
         return sampled_bce(coarse, self.intent_embedding, positives, batch.intent_negatives)
 

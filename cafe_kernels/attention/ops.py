@@ -39,7 +39,7 @@ def backend_module(name: str) -> ModuleType:
 def longest_sequence(cu_seqlens: Tensor, total: int, max_seqlen: int, log_theta: Tensor | None) -> int:
     """The longest sequence, after checks of the values. max_seqlen 0: not given. On a GPU, looking at values waits for all work
     before them, so a given max_seqlen is believed there."""
-    if cu_seqlens.is_cuda and max_seqlen:
+    if cu_seqlens.device.type != "cpu" and max_seqlen:
         return max_seqlen
     borders = cu_seqlens.cpu().numpy().astype("int64")  # int32 differences may overflow
     lengths = borders[1:] - borders[:-1]

@@ -44,7 +44,8 @@ def sampled_bce(
         reduction: "mean" over tokens, "sum", or "none" for (T,). The mean over no tokens is nan.
         sparse_grad: the gradient of `table` is a coalesced sparse tensor of the distinct rows drawn, for a row-sparse optimizer,
             in place of a dense one. (PyTorch drops the mark when it stores the gradient in `table.grad`, and the reference never sets
-            it; `table.grad._coalesced_(True)` puts it back, since the ids ascend and are distinct.)
+            it; `table.grad._coalesced_(True)` puts it back, since the ids ascend and are distinct.) On a GPU, where to count distinct
+            rows would wait for all work before, it is not coalesced: a row for each id drawn, the sum at its first, zeros at others.
         backend: "reference" (PyTorch, any dtype, twice differentiable), "cpu" (C++), "triton"; None chooses.
 
     Returns:

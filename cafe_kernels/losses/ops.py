@@ -167,9 +167,11 @@ class _Forward(torch.autograd.Function):
         dh, ids, rows, dintents = backward_op(grad_loss, *saved, *ctx.options, scale_h, want_table, want_intents)
         if ready:
             dh = saved[NUM_INPUTS]
-        sparse_grad = ctx.options[5]
+        sparse_grad, distinct = ctx.options[5], ctx.options[6] != "triton"
         if want_table and sparse_grad:
-            rows = torch.sparse_coo_tensor(ids[None], rows, saved[1].shape, is_coalesced=True, check_invariants=False)
+            rows = torch.sparse_coo_tensor(
+                ids[None], rows, saved[1].shape, is_coalesced=distinct, check_invariants=False
+            )
         return dh if want_h else None, rows if want_table else None, dintents if want_intents else None, *nothing
 
 

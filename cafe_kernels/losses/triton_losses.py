@@ -6,7 +6,8 @@
     segments_kernel   sums the rows of the sorted entries, a distinct id a program: no atomics, the same bits in every run
 
 On the CPU it runs in Triton's interpreter, slowly and only to be tested: when TRITON_INTERPRET=1 is set before triton is imported.
-Ids are not checked, and only a sparse gradient waits for the device: to know how many rows it has.
+Ids are not checked and nothing waits for the device. So a sparse gradient has a row for each entry, in the order of the ids: the sum at an
+id's first, zeros at its others, since to know how many ids differ would be to wait.
 """
 
 import os
@@ -277,7 +278,7 @@ def columns_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def segments_kernel(  # type: ignore[no-untyped-def]
     order, starts, targets, h, coefficients, rows, scale, out, entries, factors, tokens, negatives, stride,
-    TARGETS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Segments that are not there start at `entries`."""
     segment = tl.program_id(0).to(tl.int64)
@@ -295,9 +296,7 @@ def segments_kernel(  # type: ignore[no-untyped-def]
                 total += tl.load(coefficients + e) * tl.load(h + t * DIM + columns, mask=inside, other=0.0)
             else:
                 total += tl.load(rows + (e - factors) * stride + columns, mask=inside, other=0.0)
-        row = segment
-        if TARGETS:
-            row = tl.load(targets + segment)
+        row = tl.load(targets + segment)
         tl.store(out + row * DIM + columns, total * tl.load(scale), mask=inside)
 
 
@@ -374,17 +373,16 @@ def table_gradient(
     entries = h, coefficients, negative_rows
     if dense:
         rows, places = _sum(order, starts, distinct, *entries, scale, h.new_zeros(shape)), item_intent
-    else:  # the only wait for the device: how many rows there are
-        count = int((starts[:-1] < len(ids)).sum())
-        distinct = distinct[:count]
-        rows = _sum(order, starts, None, *entries, scale, h.new_empty(count, shape[1]))
-        places = None if item_intent is None else item_intent[distinct]
+    else:
+        ids = ids[order]
+        rows = _sum(order, starts, starts, *entries, scale, h.new_zeros(len(ids), shape[1]))
+        places = None if item_intent is None else item_intent[ids]
     dintents = None
     if places is not None and intents_shape is not None:
         none = h[:0], coefficients[:0], rows
         order, starts, intents = _sorted(places)
         dintents = _sum(order, starts, intents, *none, torch.ones_like(scale), h.new_zeros(intents_shape))
-    return ids[:0] if dense else distinct, rows, dintents
+    return ids[:0] if dense else ids, rows, dintents
 
 
 def _sorted(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -402,19 +400,20 @@ def _sorted(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _sum(
     order: Tensor,
     starts: Tensor,
-    targets: Tensor | None,
+    targets: Tensor,
     h: Tensor,
     coefficients: Tensor,
     rows: Tensor,
     scale: Tensor,
     out: Tensor,
 ) -> Tensor:
-    segments = len(starts) - 1 if targets is not None else len(out)
+    """Row targets[s] of `out` is the sum of segment s."""
+    segments = len(starts) - 1
     if segments:
         negatives = max(1, (len(coefficients) - len(h)) // max(1, len(h)))
         segments_kernel[(segments,)](
             order, starts, targets, h, coefficients, rows, scale, out, len(order), len(coefficients), len(h), negatives,
-            rows.shape[1], TARGETS=targets is not None, DIM=out.shape[1], BLOCK_D=_block(out.shape[1]), **LAUNCH,
+            rows.shape[1], DIM=out.shape[1], BLOCK_D=_block(out.shape[1]), **LAUNCH,
         )  # fmt: skip
     return out
 
@@ -441,14 +440,13 @@ def compile_cases() -> list[dict[str, Any]]:
             "SEQUENCE": True,
             "LOG_Q": softmax,
         }
-        flags |= {"WEIGHTS": False, "GRADIENTS": True, "GROUPS": False, "TARGETS": False}
+        flags |= {"WEIGHTS": False, "GRADIENTS": True, "GROUPS": False}
         flags |= {"BLOCK_K": BLOCK_K, "BLOCK_T": BLOCK_T, "DIM": 128, "BLOCK_D": 128, "CHUNK": CHUNK}
         for kernel in (token_kernel, shared_kernel, columns_kernel, segments_kernel):
             if kernel is segments_kernel and (dtype, softmax) != ("fp32", True):
                 continue
             names = kernel.arg_names
             absent = {"weights": None} | ({} if softmax else {"positive_log_q": None, "negative_log_q": None})
-            absent |= {"targets": None}
             of_table = {"table": f"*{dtype}", "intents": f"*{dtype}"}
             if kernel is segments_kernel:
                 of_table["negatives"] = whole

@@ -46,7 +46,7 @@ def window(beta1: float, beta2: float) -> int:
 def new(device: torch.device, rows: int = 256) -> Tensor:
     """A table that begins at the present step: its row 0."""
     history = torch.zeros(rows, 8, dtype=torch.float64, device=device)
-    history[:, NEXT] = torch.inf
+    history[:, NEXT].fill_(torch.inf)
     return history
 
 
@@ -59,7 +59,7 @@ def append(
         history = torch.cat([history, new(history.device, len(history))])
     length = window(beta1, beta2)
     if step - block > length or _log_q(step, beta2) - _log_q(block + 1, beta2) > math.log(SPREAD):
-        history[block - first : step - 1 - first, NEXT] = step - 1
+        history[block - first : step - 1 - first, NEXT].fill_(step - 1)
         block = step - 1
     decay = 1 - lr * weight_decay
     c = math.sqrt(-math.expm1(step * math.log(beta2)))
@@ -82,7 +82,7 @@ def append_step(
     for i in range(MOMENTS):
         moments[:, i].add_(powers[:, i], alpha=weight * c**i)
     torch.add(history[step - 1 - first, LOG_DECAY], math.log(decay), out=history[step - first, LOG_DECAY])
-    history[step - first, LR] = lr
+    history[step - first, LR].fill_(lr)  # history[...] = lr would copy a number from the CPU and wait for it
 
 
 def _log_q(j: int, beta2: float) -> float:

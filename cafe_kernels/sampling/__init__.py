@@ -21,10 +21,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from cafe_kernels import _C
+from cafe_kernels.sampling.device import DeviceSampler
 
-__all__ = ["AliasSampler"]
+__all__ = ["AliasSampler", "DeviceSampler"]
 
 Ids = npt.NDArray[np.int32]
 
@@ -74,6 +76,20 @@ class AliasSampler:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._set_probabilities(self._p)
+
+    def to(self, device: torch.device | str, backend: str | None = None) -> DeviceSampler:
+        """The same draws as int32 tensors on `device`: the same numbers for the same (seed, offset), to the bit.
+
+        Args:
+            backend: "reference" (numpy, copied), "cpu" (C++), "triton"; None chooses, as for the other ops.
+
+        Raises:
+            ValueError: the backend cannot run there.
+
+        >>> AliasSampler([1, 1, 2]).to("cpu").sample(8, seed=3)
+        tensor([0, 1, 2, 0, 1, 0, 1, 0], dtype=torch.int32)
+        """
+        return DeviceSampler(self, device, backend)
 
     def __len__(self) -> int:
         """V, the number of items, drawable or not."""

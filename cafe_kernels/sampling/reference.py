@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 U32 = np.uint64(0xFFFFFFFF)
 HALF = np.uint64(32)
@@ -104,3 +105,27 @@ class ReferenceSampler:
                 out[i, j] = found[0]
                 taken[out[i, j]] = distinct or taken[out[i, j]]
         return out
+
+
+class Table:
+    """ReferenceSampler for DeviceSampler: it draws on the CPU and copies."""
+
+    def __init__(self, sampler: Any, device: torch.device) -> None:
+        self.sampler = ReferenceSampler(sampler.probabilities)
+
+    def sample(self, seed: int, offset: int, out: torch.Tensor) -> None:
+        out.copy_(torch.from_numpy(self.sampler.sample(out.numel(), seed, offset)).view(out.shape))
+
+    def sample_rows(
+        self,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        rows: torch.Tensor,
+        distinct: bool,
+        seed: int,
+        offset: int,
+        out: torch.Tensor,
+    ) -> None:
+        starts, ids, which = (x.numpy(force=True) for x in (indptr, indices, rows))
+        drawn = self.sampler.sample_rows(starts, ids, which, out.shape[1], distinct, seed, offset)
+        out.copy_(torch.from_numpy(drawn))

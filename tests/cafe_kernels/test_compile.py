@@ -202,7 +202,9 @@ def test_errors_are_clear(capsys, monkeypatch):
 
 # Of every kernel the cases with the most in them: for two targets, for the sake of time, of two different compilers.
 # `make gate` compiles all cases for all four.
-COVERING = "d64 bf16 mask|starts|reduce|softmax, d=128, bf16|segments|moments bf16, dim 128|d128 joint|exact d128"
+COVERING = (
+    "d64 bf16 mask|starts|reduce|softmax, d=128, bf16|segments|moments bf16, dim 128|d128 joint|exact d128|sample_"
+)
 
 
 @pytest.fixture(scope="module")

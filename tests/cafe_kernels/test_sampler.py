@@ -491,7 +491,7 @@ def test_the_extension_checks_what_memory_safety_rests_on():
 
 
 def test_docstring_examples():
-    assert doctest.testmod(cafe_kernels.sampling) == (0, 12)
+    assert doctest.testmod(cafe_kernels.sampling) == (0, 13)
 
 
 @pytest.mark.parametrize("method", ["sample_excluding", "sample_distinct"])
