@@ -9,18 +9,24 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from cafe.data.folders import write_atomically
+from cafe.data.folders import cannot_write, write_atomically
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Saves tensors and a JSON-able state to `path`; an earlier checkpoint there stays until this one is complete."""
+    """Saves tensors and a JSON-able state to `path`; an earlier checkpoint there stays until this one is complete. Tensors on the
+    CPU are written from where they are."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     text = json.dumps(state)
     checksums = {"state_crc32": str(zlib.crc32(text.encode())), "tensors_crc32": str(_crc(tensors))}
-    write_atomically({path: save(tensors, {"state": text, **checksums})})
+
+    def write(file: Path) -> None:
+        with cannot_write(path, SafetensorError):
+            save_file(tensors, file, {"state": text, **checksums})
+
+    write_atomically({path: write})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

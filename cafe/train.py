@@ -48,6 +48,7 @@ from cafe_kernels.host_table import give_back, lend
 FORMAT, VERSION = "cafe-run", 3
 INTENT_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
 SCORES_TO_CALIBRATE = 10**8  # scores (users times items) that fitting the weight for the whole catalog may compute
+SAVING_SHARE = 10  # saving takes at most one in so many seconds: a table of millions takes a slow disk a minute
 STREAMS = 2**31  # seeds of steps: seed * STREAMS + step
 STEPS_BETWEEN_READS = 50  # of the loss on a GPU, since to read it is to wait for the step
 
@@ -77,7 +78,8 @@ def fit(
         device: torch device.
         table: where the item table and its optimizer's state are. "host" is for tables larger than the device: a step's rows visit it
             (cafe_kernels.host_table), and validation is on the CPU. The result is the same.
-        checkpoint_seconds: at least this often the state is saved.
+        checkpoint_seconds: about this often the state is saved, but not so often that saving takes a tenth of the time; 0
+            saves after every step.
         progress: called with {"step", "steps", "tokens", "loss"} after each step and with the metrics of each epoch. On a GPU the
             loss is the newest that was read.
 
@@ -151,7 +153,7 @@ def _train(
     state["run"] = run_hash
     if resume:
         _write_metrics(out, state["metrics"])
-    saved, target = time.monotonic(), torch.device(device)
+    to_save, saved, target = 0.0, time.monotonic(), torch.device(device)
     pin = target.type == "cuda"
     losses: list[torch.Tensor] = []  # of the last steps, not read yet
     shown = math.nan
@@ -178,10 +180,10 @@ def _train(
             )
             if state["step"] % len(batches) == 0:
                 break  # what ends the epoch must be in the checkpoint too
-            if interrupted() or time.monotonic() - saved > checkpoint_seconds:
+            due = checkpoint_seconds and max(checkpoint_seconds, SAVING_SHARE * to_save)
+            if interrupted() or time.monotonic() - saved > due:
                 _read(losses, state, config.lr)
-                _save_last(out, model, optimizers, state)
-                saved = time.monotonic()
+                to_save, saved = _save_last(out, model, optimizers, state), time.monotonic()
             if interrupted():
                 raise Interrupted(f"interrupted after step {state['step']}; saved. Go on with: {_resume_command(out)}")
         _read(losses, state, config.lr)
@@ -212,15 +214,15 @@ def _train(
                 state["since_best"] += 1
         state["done"] = last_epoch or state["since_best"] >= config.patience
         state["metrics"].append(metrics)
-        _save_last(out, model, optimizers, state)
+        to_save, saved = _save_last(out, model, optimizers, state), time.monotonic()
         _write_metrics(out, state["metrics"])
-        saved = time.monotonic()
         progress(metrics | {"best_epoch": state["best_epoch"]})
         if interrupted() and not state["done"]:
             raise Interrupted(f"interrupted after step {state['step']}; saved. Go on with: {_resume_command(out)}")
     plot_curve(out)
     if on_host:
         model.to("cpu")
+    del optimizers  # two moments a weight make room for the calibration
     _calibrate(model, dataset, out)
     masks = [part for part in model.modules() if isinstance(part, DistanceMaskedAttention) and part.max_distance]
     if masks:
@@ -457,12 +459,15 @@ def _open_run(out: Path, config: Config, dataset: Dataset, data: str | Path | No
     write_atomically({out / "config.json": seal(meta)})
 
 
-def _save_last(out: Path, model: Model, optimizers: Optimizers, state: dict[str, Any]) -> None:
+def _save_last(out: Path, model: Model, optimizers: Optimizers, state: dict[str, Any]) -> float:
+    """Saves what `_restore` needs; returns the seconds it took."""
+    began = time.monotonic()
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for part, optimizer in zip(Optimizers._fields, optimizers, strict=True):
         for index, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{part}.{index}.{key}": value for key, value in values.items()}
     save_checkpoint(out / "last.safetensors", tensors, state)
+    return time.monotonic() - began
 
 
 def _restore(model: Model, optimizers: Optimizers, tensors: dict[str, torch.Tensor]) -> None:
