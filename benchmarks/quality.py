@@ -140,7 +140,7 @@ def main(
             for name in RECIPES:
                 run(name, seed, data)
     if seeds_from == 0:
-        write_atomically({Path(__file__).with_name("RESULTS.md"): report(folders, work, seeds).encode()})
+        write_atomically({Path(__file__).with_name("RESULTS.md"): [report(folders, work, seeds).encode()]})
         print(json.dumps({"written": "benchmarks/RESULTS.md"}))
 
 

@@ -9,24 +9,32 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from cafe.data.folders import cannot_write, write_atomically
+from cafe.data.folders import write_atomically
+
+TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Saves tensors and a JSON-able state to `path`; an earlier checkpoint there stays until this one is complete. Tensors on the
-    CPU are written from where they are."""
+    """Saves tensors and a JSON-able state to `path`; an earlier checkpoint there stays until this one is complete.
+
+    Written here and not by safetensors.torch, whose `save` copies all tensors and whose `save_file` leaves a file with a name of its
+    own behind when the process is killed."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     text = json.dumps(state)
     checksums = {"state_crc32": str(zlib.crc32(text.encode())), "tensors_crc32": str(_crc(tensors))}
-
-    def write(file: Path) -> None:
-        with cannot_write(path, SafetensorError):
-            save_file(tensors, file, {"state": text, **checksums})
-
-    write_atomically({path: write})
+    header: dict[str, Any] = {"__metadata__": {"state": text, **checksums}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    write_atomically({path: [len(encoded).to_bytes(8, "little"), encoded, *map(_bytes, tensors.values())]})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -67,5 +75,9 @@ def _crc(tensors: dict[str, Tensor]) -> int:
     crc = 0
     for name, tensor in tensors.items():
         crc = zlib.crc32(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+        crc = zlib.crc32(_bytes(tensor), crc)
     return crc
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

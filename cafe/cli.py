@@ -399,7 +399,7 @@ def _recommend_file(recommender: Any, users: Path, out: Path, k: int, as_json: b
 
     buffer = io.BytesIO()
     table.write_parquet(buffer)
-    write_atomically({out: buffer.getvalue()})
+    write_atomically({out: [buffer.getvalue()]})
     report = {"out": str(out), "users": len(ids), "skipped": len(unknown), "rows": len(table)}
     if as_json:
         emit(report)

@@ -95,4 +95,4 @@ def _errors(values: Sequence[float], intervals: Sequence[Sequence[float]]) -> li
 def _save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png")
-    write_atomically({path: buffer.getvalue()})
+    write_atomically({path: [buffer.getvalue()]})

@@ -456,7 +456,7 @@ def _open_run(out: Path, config: Config, dataset: Dataset, data: str | Path | No
         "fingerprint": dataset.fingerprint,
         "torch": torch.__version__,
     }
-    write_atomically({out / "config.json": seal(meta)})
+    write_atomically({out / "config.json": [seal(meta)]})
 
 
 def _save_last(out: Path, model: Model, optimizers: Optimizers, state: dict[str, Any]) -> float:
@@ -482,7 +482,7 @@ def _restore(model: Model, optimizers: Optimizers, tensors: dict[str, torch.Tens
 
 
 def _write_metrics(out: Path, lines: list[dict[str, Any]]) -> None:
-    write_atomically({out / "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in lines).encode()})
+    write_atomically({out / "metrics.jsonl": ["".join(json.dumps(line) + "\n" for line in lines).encode()]})
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -18,43 +18,32 @@ from typing import Any
 def write_file(path: Path, chunks: Iterable[Any]) -> str:
     """Writes bytes-like chunks to a file, flushes it to the disk, and returns its checksum (see `checksum`)."""
     digest = blake2b(digest_size=16)
-    with cannot_write(path), path.open("wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(
+            f"cannot write {path}: {error.strerror}; what was there before is kept. Put that right and run it again "
+            "(cafe train: with --resume)"
+        ) from None
     return digest.hexdigest()
 
 
-@contextmanager
-def cannot_write(path: Path, other: type[Exception] = OSError) -> Iterator[None]:
-    """Turns an OSError or an error of the `other` kind into an OSError that says what failed and what to do."""
-    try:
-        yield
-    except (OSError, other) as error:
-        raise OSError(
-            f"cannot write {path}: {getattr(error, 'strerror', error)}; what was there before is kept. Put that right and run "
-            "it again (cafe train: with --resume)"
-        ) from None
-
-
-def write_atomically(contents: dict[Path, bytes | Callable[[Path], Any]]) -> None:
-    """Writes files (their bytes, or by a function of the path) beside the wanted ones, and renames them once ALL are on the disk:
-    each is the former or the whole new one."""
+def write_atomically(contents: dict[Path, Iterable[Any]]) -> None:
+    """Writes files (bytes-like chunks) beside the wanted ones and renames them once ALL are on the disk: each is the former or the
+    whole new one."""
     temporary = {path.with_name(f".{path.name}.tmp"): path for path in contents}
     try:
         for file, path in temporary.items():
-            content = contents[path]
-            if isinstance(content, bytes):
-                write_file(file, [content])
-            else:
-                content(file)
-                flush(file)
+            write_file(file, contents[path])
         for file, path in temporary.items():
             file.replace(path)
         for folder in {path.parent for path in contents}:
-            flush(folder)
+            _flush_folder(folder)
     except BaseException:
         for file in temporary:
             file.unlink(missing_ok=True)
@@ -133,7 +122,7 @@ def new_folder(out: str | Path, marker: str, format: str, names: Collection[str]
     temporary.mkdir()
     try:
         yield temporary
-        flush(temporary)
+        _flush_folder(temporary)
         if out.exists():
             out.rename(former)
         try:
@@ -142,15 +131,14 @@ def new_folder(out: str | Path, marker: str, format: str, names: Collection[str]
             if former.exists():
                 former.rename(out)
             raise
-        flush(out.parent)
+        _flush_folder(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)
 
 
-def flush(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -84,7 +84,7 @@ def simulate(preset: str, out: str | Path, seed: int = 0) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     frames = {"interactions": interactions, "items": items}
     paths = {name: folder / f"{name}{suffix}" for name in frames}
-    write_atomically({paths[name]: _bytes(frame, shop.parquet) for name, frame in frames.items()})
+    write_atomically({paths[name]: [_bytes(frame, shop.parquet)] for name, frame in frames.items()})
     return paths
 
 

@@ -162,7 +162,7 @@ def test_every_bit_of_a_checkpoint_counts(tmp_path):
 def test_every_bit_of_a_sealed_file_counts(tmp_path):
     path = tmp_path / "x.json"
     meta = {"format": "thing", "version": 1, "number": 1e-5, "text": "\u00e9", "list": [None, True, {"a": 0.1}]}
-    write_atomically({path: seal(meta)})
+    write_atomically({path: [seal(meta)]})
     accepted = []
     for former, new in bits(path):
         if (found := tried(read_sealed, path, "thing", 1, "do this")) != "refused":
@@ -203,7 +203,10 @@ def test_a_disk_full_while_training_keeps_the_checkpoint_and_a_resume_ends_as_if
     with pytest.raises(Stop):
         fit(CONFIG, dataset, run, data=whole / "data", checkpoint_seconds=0, progress=stop)
     size = (whole / "run" / name).stat().st_size - 1
-    with room_for(size), pytest.raises(OSError, match=r"cannot write .*File too large.*; what was there before is kept"):
+    with (
+        room_for(size),
+        pytest.raises(OSError, match=r"cannot write .*File too large.*; what was there before is kept"),
+    ):
         fit(CONFIG, dataset, run, resume=True, **options)
     assert not list(run.glob(".*.tmp"))
     assert load_checkpoint(run / "last.safetensors")[1]["step"] >= 2
