@@ -23,7 +23,16 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 REDUCED = 16  # distances that one program of the last reduction sums
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-WIDTHS_TYPES_EXTRAS = list(itertools.product((16, 64, 128, 256), TYPES, (False, True)))  # for compile_cases
+# For compile_cases: head width, type, log_theta, dropout. float16, whose code is bfloat16's or shorter, in one width only.
+VARIANTS = [
+    *(
+        (*shape, extras, extras)
+        for shape in itertools.product((16, 32, 64, 96, 128, 256), ("fp32", "bf16"))
+        for extras in (False, True)
+    ),
+    *((64, "fp16", extras, extras) for extras in (False, True)),
+    *((width, "bf16", mask, not mask) for width in (64, 256) for mask in (False, True)),
+]
 UNSPECIALIZED = ["total", "share", "window", "threshold", "seed", "offset", "sequences", "blocks", "programs", "width"]
 ARGUMENTS = {
     "i32": "total share heads distances window sequences programs width blocks",

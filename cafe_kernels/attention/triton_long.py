@@ -23,7 +23,7 @@ from cafe_kernels.attention.triton_common import (
     REDUCED,
     TYPES,
     UNSPECIALIZED,
-    WIDTHS_TYPES_EXTRAS,
+    VARIANTS,
     case,
     dot,
     drop_bits,
@@ -45,18 +45,17 @@ PROGRAMS = 512  # at most so many share the blocks of queries of all heads in th
 
 def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
     """How the kernels are compiled. BLOCK: queries or keys of a block. CHUNK: columns of q k' and grad_out v' at a time; where it is
-    less than all, blocks are read again. The largest blocks without spilled registers on sm_80, sm_90, sm_100
+    less than all, blocks are read again. No registers spilled on sm_80, sm_90, sm_100
     and gfx942; maxnreg as in triton_short.py."""
     columns = max(16, triton.next_power_of_2(head_dim))
     if itemsize == 4:
-        block, num_warps, chunk = {128: (16, 4, 32), 256: (16, 8, 32)}.get(columns, (32, 8, min(columns, 32)))
+        block, num_warps, chunk = {128: (16, 8, 64), 256: (16, 8, 16)}.get(columns, (32, 8, min(columns, 32)))
     elif backward:
         block, num_warps, chunk = {128: (32, 8, 128), 256: (16, 4, 256)}.get(columns, (32, 4, columns))
     else:
         block, num_warps, chunk = {256: (32, 4, 256)}.get(columns, (64, 4, columns))
     found = {"BLOCK_D": columns, "CHUNK": chunk, "BLOCK": block, "num_warps": num_warps, "num_stages": 1}
-    found["matrix_instr_nonkdim"] = 16
-    return found | {"maxnreg": 255} if itemsize == 4 or columns < 64 else found
+    return found | {"maxnreg": 255, "matrix_instr_nonkdim": 16}
 
 
 @triton.jit
@@ -286,14 +285,16 @@ def compile_cases() -> list[dict[str, Any]]:
     """What is compiled by default, for compilation without a GPU."""
     found = [case("reduce", reduce_kernel, {"REDUCED": REDUCED})]
     tensors = {long_forward: 4, long_backward_queries: 6, long_backward_keys: 6}  # the floor; out is read for delta
-    for (head_dim, dtype, extras), kernel in itertools.product(WIDTHS_TYPES_EXTRAS, tensors):
+    for (head_dim, dtype, mask, drop), kernel in itertools.product(VARIANTS, tensors):
         backward = kernel is not long_forward
-        constants = {"HEAD_DIM": head_dim, "HAS_BIAS": extras, "DROPOUT": extras}
+        constants = {"HEAD_DIM": head_dim, "HAS_BIAS": mask, "DROPOUT": drop}
         constants |= config(head_dim, TYPES[dtype].itemsize, backward)
-        name = f"{kernel.fn.__name__} d{head_dim} {dtype}" + (" mask dropout" if extras else "")
+        name = f"{kernel.fn.__name__} d{head_dim} {dtype}" + " mask" * mask + " dropout" * drop
         counted = workloads(
-            sys.modules[__name__], LONG, head_dim, TYPES[dtype], 0.1 if extras else 0.0,
+            sys.modules[__name__], LONG, head_dim, TYPES[dtype], 0.1 if drop else 0.0,
             backward=backward, tensors=tensors[kernel], bound="distinct",
         )  # fmt: skip
-        found.append(case(name, kernel, constants, dtype) | {"workloads": counted if head_dim == 64 and extras else []})
+        found.append(
+            case(name, kernel, constants, dtype) | {"workloads": counted if head_dim == 64 and mask and drop else []}
+        )
     return found

@@ -25,7 +25,7 @@ from cafe_kernels.attention.triton_common import (
     LOG2_E,
     TYPES,
     UNSPECIALIZED,
-    WIDTHS_TYPES_EXTRAS,
+    VARIANTS,
     case,
     dot,
     drop_bits,
@@ -48,7 +48,7 @@ PROGRAMS = 1024  # at most so many work on all heads together: a few times what 
 
 def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
     """How the kernels are compiled. CHUNK: columns of q, k, v worked on at a time; where it is less than all, the backward pass reads q,
-    k and grad_out twice. The largest chunks without spilled registers on sm_80, sm_90, sm_100 and gfx942; maxnreg keeps NVIDIA's compiler
+    k and grad_out twice. No registers spilled on sm_80, sm_90, sm_100 and gfx942, as far as compile_cases tell; maxnreg keeps NVIDIA's compiler
     from spilling a few registers for the sake of more programs at a time, and AMD's products of 16 rows have fewer masks for its scalar
     registers to hold than those of 32."""
     columns = max(16, triton.next_power_of_2(head_dim))
@@ -56,8 +56,8 @@ def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
     if itemsize == 4:
         return common | {"CHUNK": 16, "num_warps": 8, "maxnreg": 255}
     if backward and columns > 64:
-        return common | {"CHUNK": columns // 2, "num_warps": 8}
-    return common | {"CHUNK": min(columns, 64), "num_warps": 4}
+        return common | {"CHUNK": 32, "num_warps": 8}
+    return common | {"CHUNK": min(columns, 64), "num_warps": 8 if backward and columns == 32 else 4}
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -243,15 +243,17 @@ def backward(
 def compile_cases() -> list[dict[str, Any]]:
     """What is compiled by default, for compilation without a GPU."""
     found = [case("short_starts", sequence_starts, {"ROWS": 16, "BLOCK": BLOCK})]
-    for (head_dim, dtype, extras), backward in itertools.product(WIDTHS_TYPES_EXTRAS, (False, True)):
+    for (head_dim, dtype, mask, drop), backward in itertools.product(VARIANTS, (False, True)):
         kernel = short_backward if backward else short_forward
         constants = config(head_dim, TYPES[dtype].itemsize, backward)
-        name = f"{kernel.fn.__name__} d{head_dim} {dtype}" + (" mask dropout" if extras else "")
+        name = f"{kernel.fn.__name__} d{head_dim} {dtype}" + " mask" * mask + " dropout" * drop
         again = backward and constants["CHUNK"] < head_dim  # q, k and grad_out, for the lack of registers
-        constants |= {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": extras, "DROPOUT": extras}
+        constants |= {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": mask, "DROPOUT": drop}
         counted = workloads(
-            sys.modules[__name__], SHORT, head_dim, TYPES[dtype], 0.1 if extras else 0.0,
+            sys.modules[__name__], SHORT, head_dim, TYPES[dtype], 0.1 if drop else 0.0,
             backward=backward, tensors=7 if backward else 4, bound="distinct" if again else "issued",
         )  # fmt: skip
-        found.append(case(name, kernel, constants, dtype) | {"workloads": counted if head_dim == 64 and extras else []})
+        found.append(
+            case(name, kernel, constants, dtype) | {"workloads": counted if head_dim == 64 and mask and drop else []}
+        )
     return found
