@@ -67,6 +67,24 @@ INLINE Vector rotate(Vector v, std::integer_sequence<int, L...>) {
     return __builtin_shufflevector(v, v, (L ^ S)...);
 }
 
+// Lane l of the result is the sum of v[l % N], N <= W. As transpose, with a sum in place of each pair of rows.
+template <int S = 1, int N>
+INLINE Vector sums_of(Vector (&v)[N]) {
+    if constexpr (S < N) {
+#pragma GCC unroll 16
+        for (int r = 0; r < N; r += 2 * S) {
+            swap_blocks<S>(v[r], v[r + S], std::make_integer_sequence<int, W>());
+            v[r] += v[r + S];
+        }
+        return sums_of<2 * S>(v);
+    } else if constexpr (S < W) {
+        v[0] += rotate<S>(v[0], std::make_integer_sequence<int, W>());
+        return sums_of<2 * S>(v);
+    } else {
+        return v[0];
+    }
+}
+
 INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
 template <int S = W / 2>
@@ -175,6 +193,22 @@ TARGET Right pack_transposed(const T* x, int64_t stride, int64_t n, int64_t dim,
         }
     }
     return {panels, kPanel, dim * kPanel};
+}
+
+// The products of a row x with the first `count` <= W rows of y, `stride` apart; other lanes hold anything finite.
+template <int N = W, class T>
+INLINE Vector dots(const T* x, const T* y, int64_t stride, int64_t count, int64_t dim) {
+    if constexpr (N > 4)
+        if (count <= N / 2) return dots<N / 2>(x, y, stride, count, dim);
+    Vector sum[N] = {};
+    const T* row[N];
+    for (int r = 0; r < N; ++r) row[r] = y + std::min<int64_t>(r, count - 1) * stride;
+    for (int64_t d = 0; d < dim; d += W) {
+        Vector left = load(x + d, dim - d);
+#pragma GCC unroll 16
+        for (int r = 0; r < N; ++r) sum[r] += left * load(row[r] + d, dim - d);
+    }
+    return sums_of(sum);
 }
 
 #include CAFE_KERNEL
