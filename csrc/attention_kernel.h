@@ -4,7 +4,8 @@
 // All work is matrix products of a strip of kRows rows, whose sums stay in registers, with the rows' softmax in between
 // while the strip is in the first-level cache. A product takes its right factor in panels, two vectors of columns. Short
 // sequences of float32 whose rows are whole vectors are read, and results written, where they lie; others, and all that
-// is transposed, are first packed: the rows of a panel one after another, zeros where a vector is not full.
+// is transposed, are first packed: the rows of a panel one after another, zeros where a vector is not full. The logits of
+// a sequence of at most one vector are dot products instead: to transpose its keys would take longer than they do.
 
 constexpr int64_t kStride = kKeys + W;  // of a tile of weights: W zeros between rows, for add_diagonals
 static_assert(kQueries % kRows == 0 && kKeys % kQueries == 0 && kKeys % kPanel == 0, "blocks must fit each other");
@@ -80,7 +81,7 @@ TARGET inline void draw_mask(const Problem& p, int64_t head, int64_t token, int6
         }
 }
 
-// to[r][j] = x[i + r] . y[j] for r < m and j <= i + r, of one short sequence.
+// to[r][j] = x[i + r] . y[j] for r < m and j <= i + r < W; what follows in the row, the biases hide.
 template <class T>
 TARGET void dots_of_strip(int64_t i, int64_t m, const T* x, const T* y, int64_t stride, int64_t dim, float* to, int64_t to_stride) {
     for (int64_t r = 0; r < m; ++r) store(to + r * to_stride, dots(x + (i + r) * stride, y, stride, i + r + 1, dim));

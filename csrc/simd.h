@@ -195,10 +195,11 @@ TARGET Right pack_transposed(const T* x, int64_t stride, int64_t n, int64_t dim,
     return {panels, kPanel, dim * kPanel};
 }
 
-// The products of a row x with the first `count` <= W rows of y, `stride` apart; other lanes hold anything finite.
+// The dot products of x (dim) with the first `count` <= W rows of y, `stride` apart; other lanes repeat them. Sums of N rows,
+// a power of two, stay in registers.
 template <int N = W, class T>
 INLINE Vector dots(const T* x, const T* y, int64_t stride, int64_t count, int64_t dim) {
-    if constexpr (N > 4)
+    if constexpr (N > 4)  // fewer would wait for one another's sums
         if (count <= N / 2) return dots<N / 2>(x, y, stride, count, dim);
     Vector sum[N] = {};
     const T* row[N];

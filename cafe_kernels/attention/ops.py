@@ -1,7 +1,8 @@
 """The fast backends as PyTorch operators: shapes for torch.compile, autograd, and the checks that must see values.
 
 A backend is a module with `unavailable(q) -> str | None` (why it cannot run), `forward` and `backward`, with the arguments of the
-operators below. Its tensors are contiguous, `log_theta` is float32 or None, `window` is -1 for none, `max_seqlen` is known.
+operators below. Its tensors are contiguous, `log_theta` is float32 or None, `window` is -1 for none, `max_seqlen` is known, but in
+the backward of "cpu", which looks for itself.
 
 The operators are registered with torch.library.Library rather than custom_op, whose wrappers take 0.1 ms of a step on a CPU, and
 autograd goes past the dispatcher where it can: short sequences take less time than that.
@@ -98,7 +99,9 @@ def backward(
     """Returns the gradients of q, k, v and log_theta; the last is empty where log_theta is None."""
     if len(q) == 0:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), _dlog_theta(q, log_theta)
-    longest = max_seqlen or longest_sequence(cu_seqlens, len(q), 0, log_theta)  # a given one was checked in forward
+    longest = max_seqlen  # a given one was checked in forward
+    if not longest and options[-1] != "cpu":
+        longest = longest_sequence(cu_seqlens, len(q), 0, log_theta)
     tensors = [x.contiguous() for x in (grad_out, q, k, v)]
     log_theta = None if log_theta is None else log_theta.contiguous()
     dq, dk, dv, dlog_theta = backend_module(options[-1]).backward(

@@ -79,10 +79,10 @@ def test_equals_reference(heads, dim, dtype, option, isa):
     check(actual, expected, TOLERANCE[dtype] * (4 if (dim, dtype) == (1, torch.bfloat16) else 1))
 
 
-LONG = [[1000], [300, 0, 193, 192, 97, 96], [2, 0, 9, 1] * 70]
+LONG = [[1000], [300, 0, 193, 192, 97, 96], [2, 0, 9, 1] * 70, list(range(20))]
 
 
-@pytest.mark.parametrize("lengths", LONG, ids=["one long", "around the blocks", "many short"])
+@pytest.mark.parametrize("lengths", LONG, ids=["one long", "around the blocks", "many short", "around a vector"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_long_and_many_sequences(lengths, option, isa):
     arguments = packed(lengths, 2, 20)
