@@ -124,9 +124,28 @@ def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, log_theta:
     return *gradients, _dlog_theta(q, log_theta)
 
 
+def _nobody_waits(q: Tensor) -> bool:
+    """Whether the dispatcher would only pass q on: no tracer, mode, transform, subclass of Tensor or device "meta"."""
+    return (
+        type(q) is Tensor
+        and not q.is_meta
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def distance_attention(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """forward_op(*inputs), without the dispatcher where nobody waits there."""
+    if not torch.compiler.is_compiling() and _nobody_waits(inputs[0]):
+        return _Forward.apply(*inputs)
+    return forward_op(*inputs)
+
+
 def _below_autograd(op: Any, function: Any, inputs: Any) -> Any:
-    """op(*inputs); by its Python function, without the dispatcher, where no tracer, subclass of Tensor or device "meta" waits there."""
-    if type(inputs[0]) is Tensor and not inputs[0].is_meta and not torch._C._len_torch_dispatch_stack():
+    """op(*inputs) from within autograd; by its Python function, without the dispatcher, where nobody waits there."""
+    if _nobody_waits(inputs[0]):
         return function(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*inputs)

@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cafe_kernels import _C
 from cafe_kernels.attention import distance_attention, ops
@@ -201,6 +203,20 @@ def test_compile(compiler):
             out = f(*leaves, cu, max_seqlen=70, dropout_p=0.2, seed=2**40 + step, offset=step)
             results.append([out, *torch.autograd.grad(out, leaves, grad_out)])
         torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("mode", [TorchDispatchMode, TorchFunctionMode])
+def test_modes_see_the_operator(mode):
+    seen = []
+
+    def see(self, function, types, args=(), kwargs=None):
+        seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+    q, k, v, log_theta, _, cu = packed([3, 20], 2, 16)
+    with type("Log", (mode,), {"__torch_dispatch__": see, "__torch_function__": see})():
+        distance_attention(q.requires_grad_(), k, v, log_theta, cu)
+    assert ops.forward_op in seen
 
 
 def test_autocast():
