@@ -159,15 +159,17 @@ INLINE void multiply_tile(int64_t depth, const float* a, int64_t lda, const floa
         }
 }
 
-// The same for rows <= kRows and any number of vectors.
+// The same for rows <= kRows and any number of vectors. (A copy of `right` would be read right after it is written, in wider
+// pieces than it is written in, for which a CPU waits.)
 template <bool kTransposed, int M = kRows>
-TARGET void multiply(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda, Right right, const float* alpha,
-                     bool add, float* c, int64_t ldc) {
+TARGET void multiply(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda, const Right& right,
+                     const float* alpha, bool add, float* c, int64_t ldc) {
     if constexpr (M > 1)
         if (rows < M) return multiply<kTransposed, M - 1>(rows, vectors, depth, a, lda, right, alpha, add, c, ldc);
-    for (; vectors >= 2; vectors -= 2, right.x += right.panel, c += kPanel)
-        multiply_tile<M, 2, kTransposed>(depth, a, lda, right.x, right.row, alpha, add, c, ldc);
-    if (vectors) multiply_tile<M, 1, kTransposed>(depth, a, lda, right.x, right.row, alpha, add, c, ldc);
+    const float* b = right.x;
+    for (; vectors >= 2; vectors -= 2, b += right.panel, c += kPanel)
+        multiply_tile<M, 2, kTransposed>(depth, a, lda, b, right.row, alpha, add, c, ldc);
+    if (vectors) multiply_tile<M, 1, kTransposed>(depth, a, lda, b, right.row, alpha, add, c, ldc);
 }
 
 // x (n, dim), rows `stride` apart, as a right factor.
