@@ -4,7 +4,8 @@
 // All work is matrix products of a strip of kRows rows, whose sums stay in registers, with the rows' softmax in between
 // while the strip is in the first-level cache. A product takes its right factor in panels, two vectors of columns. Short
 // sequences of float32 whose rows are whole vectors are read, and results written, where they lie; others, and all that
-// is transposed, are first packed: the rows of a panel one after another, zeros where a vector is not full.
+// is transposed, are first packed: the rows of a panel one after another, zeros where a vector is not full. The logits of
+// a sequence of at most one vector are dot products instead: to transpose its keys would take longer than they do.
 
 constexpr int64_t kStride = kKeys + W;  // of a tile of weights: W zeros between rows, for add_diagonals
 static_assert(kQueries % kRows == 0 && kKeys % kQueries == 0 && kKeys % kPanel == 0, "blocks must fit each other");
@@ -80,6 +81,12 @@ TARGET inline void draw_mask(const Problem& p, int64_t head, int64_t token, int6
         }
 }
 
+// to[r][j] = x[i + r] . y[j] for r < m and j <= i + r < W; what follows in the row, the biases hide.
+template <class T>
+TARGET void dots_of_strip(int64_t i, int64_t m, const T* x, const T* y, int64_t stride, int64_t dim, float* to, int64_t to_stride) {
+    for (int64_t r = 0; r < m; ++r) store(to + r * to_stride, dots(x + (i + r) * stride, y, stride, i + r + 1, dim));
+}
+
 struct Block {  // queries first ... first + rows - 1 against keys key ... key + keys - 1
     int64_t first, rows, key;
     int64_t keys(int64_t strip, int64_t strip_rows) const {  // that some query of a strip of it sees
@@ -92,6 +99,7 @@ TARGET void forward(const Problem& p, const Tensors<T>& t, int64_t sequence, int
     const int64_t begin = p.cu_seqlens[sequence], n = p.cu_seqlens[sequence + 1] - begin, dim = p.dim;
     const int64_t stride = p.heads * dim, start = begin * stride + head * dim, vectors = (dim + W - 1) / W;
     const int64_t columns = vectors * W, padded = (dim + kPanel - 1) / kPanel * kPanel;
+    const bool brief = n <= W;
     if (n == 0) return;
     room.reset(padded * (2 * n + kPanel) + n * (dim + columns) + 2 * (kRows + W) * kKeys + 2 * kQueries + 1024);
     float* keys = room.take((n + kPanel) * dim);
@@ -99,7 +107,7 @@ TARGET void forward(const Problem& p, const Tensors<T>& t, int64_t sequence, int
     float* mask = room.take((kRows + W) * kKeys);
     float* top = room.take(kQueries);  // the running maximum and sum of each row
     float* sum = room.take(kQueries);
-    pack_transposed(t.k + start, stride, n, dim, keys);
+    if (!brief) pack_transposed(t.k + start, stride, n, dim, keys);
     const Right values = right_factor(t.v + start, stride, n, dim, room.take(n * padded));
     const Rows<const float> q = unpacked(t.q + start, stride, n, dim, room.take(n * dim));
     const Rows<float> out = results(t.out + start, stride, dim, room.take(n * columns));
@@ -114,8 +122,10 @@ TARGET void forward(const Problem& p, const Tensors<T>& t, int64_t sequence, int
             for (int64_t strip = 0; strip < rows; strip += kRows) {
                 const int64_t m = std::min<int64_t>(kRows, rows - strip), i = first + strip;
                 const int64_t depth = Block{first, rows, key}.keys(strip, m), across = (depth + W - 1) / W;
-                multiply<false>(m, across, dim, q.x + i * q.stride, q.stride, {keys + key * dim, kPanel, dim * kPanel}, kOnes,
-                                false, weights, kKeys);
+                if (brief) dots_of_strip(i, m, t.q + start, t.k + start, stride, dim, weights, kKeys);
+                else
+                    multiply<false>(m, across, dim, q.x + i * q.stride, q.stride, {keys + key * dim, kPanel, dim * kPanel},
+                                    kOnes, false, weights, kKeys);
                 if (p.threshold) draw_mask(p, head, begin + i, key, m, across, mask);
                 float alpha[kRows];
                 for (int64_t r = 0; r < m; ++r) {
@@ -170,6 +180,7 @@ TARGET void backward(const Problem& p, const Gradients<T>& t, int64_t sequence, 
     const int64_t begin = p.cu_seqlens[sequence], n = p.cu_seqlens[sequence + 1] - begin, dim = p.dim;
     const int64_t stride = p.heads * dim, start = begin * stride + head * dim, vectors = (dim + W - 1) / W;
     const int64_t columns = vectors * W, padded = (dim + kPanel - 1) / kPanel * kPanel;
+    const bool brief = n <= W;
     if (n == 0) return;
     const int64_t tile = kQueries * kStride + W;
     room.reset(padded * (5 * n + 2 * kPanel) + n * (2 * dim + 3 * columns) + 2 * tile + (kRows + W) * kKeys + 1024);
@@ -178,8 +189,10 @@ TARGET void backward(const Problem& p, const Gradients<T>& t, int64_t sequence, 
     float* weights = room.take(tile) + W;
     float* ds = room.take(tile) + W;
     float* mask = room.take((kRows + W) * kKeys);
-    pack_transposed(t.k + start, stride, n, dim, keys_transposed);
-    pack_transposed(t.v + start, stride, n, dim, values_transposed);
+    if (!brief) {
+        pack_transposed(t.k + start, stride, n, dim, keys_transposed);
+        pack_transposed(t.v + start, stride, n, dim, values_transposed);
+    }
     const Right keys = right_factor(t.k + start, stride, n, dim, room.take(n * padded));
     const Right queries = right_factor(t.q + start, stride, n, dim, room.take(n * padded));
     const Right gradients = right_factor(t.grad_out + start, stride, n, dim, room.take(n * padded));
@@ -202,10 +215,15 @@ TARGET void backward(const Problem& p, const Gradients<T>& t, int64_t sequence, 
                 const int64_t m = std::min<int64_t>(kRows, rows - strip), i = first + strip;
                 const int64_t depth = block.keys(strip, m), across = (depth + W - 1) / W;
                 float *w = weights + strip * kStride, *d = ds + strip * kStride;
-                multiply<false>(m, across, dim, q.x + i * q.stride, q.stride,
-                                {keys_transposed + key * dim, kPanel, dim * kPanel}, kOnes, false, w, kStride);
-                multiply<false>(m, across, dim, grad_out.x + i * grad_out.stride, grad_out.stride,
-                                {values_transposed + key * dim, kPanel, dim * kPanel}, kOnes, false, d, kStride);
+                if (brief) {
+                    dots_of_strip(i, m, t.q + start, t.k + start, stride, dim, w, kStride);
+                    dots_of_strip(i, m, t.grad_out + start, t.v + start, stride, dim, d, kStride);
+                } else {
+                    multiply<false>(m, across, dim, q.x + i * q.stride, q.stride,
+                                    {keys_transposed + key * dim, kPanel, dim * kPanel}, kOnes, false, w, kStride);
+                    multiply<false>(m, across, dim, grad_out.x + i * grad_out.stride, grad_out.stride,
+                                    {values_transposed + key * dim, kPanel, dim * kPanel}, kOnes, false, d, kStride);
+                }
                 if (p.threshold) draw_mask(p, head, begin + i, key, m, across, mask);
                 for (int64_t r = 0; r < m; ++r) {
                     const float lse = t.lse[head * p.total + begin + i + r];

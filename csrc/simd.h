@@ -67,6 +67,24 @@ INLINE Vector rotate(Vector v, std::integer_sequence<int, L...>) {
     return __builtin_shufflevector(v, v, (L ^ S)...);
 }
 
+// Lane l of the result is the sum of v[l % N], N <= W. As transpose, with a sum in place of each pair of rows.
+template <int S = 1, int N>
+INLINE Vector sums_of(Vector (&v)[N]) {
+    if constexpr (S < N) {
+#pragma GCC unroll 16
+        for (int r = 0; r < N; r += 2 * S) {
+            swap_blocks<S>(v[r], v[r + S], std::make_integer_sequence<int, W>());
+            v[r] += v[r + S];
+        }
+        return sums_of<2 * S>(v);
+    } else if constexpr (S < W) {
+        v[0] += rotate<S>(v[0], std::make_integer_sequence<int, W>());
+        return sums_of<2 * S>(v);
+    } else {
+        return v[0];
+    }
+}
+
 INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
 template <int S = W / 2>
@@ -141,15 +159,17 @@ INLINE void multiply_tile(int64_t depth, const float* a, int64_t lda, const floa
         }
 }
 
-// The same for rows <= kRows and any number of vectors.
+// The same for rows <= kRows and any number of vectors. (A copy of `right` would be read right after it is written, in wider
+// pieces than it is written in, for which a CPU waits.)
 template <bool kTransposed, int M = kRows>
-TARGET void multiply(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda, Right right, const float* alpha,
-                     bool add, float* c, int64_t ldc) {
+TARGET void multiply(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda, const Right& right,
+                     const float* alpha, bool add, float* c, int64_t ldc) {
     if constexpr (M > 1)
         if (rows < M) return multiply<kTransposed, M - 1>(rows, vectors, depth, a, lda, right, alpha, add, c, ldc);
-    for (; vectors >= 2; vectors -= 2, right.x += right.panel, c += kPanel)
-        multiply_tile<M, 2, kTransposed>(depth, a, lda, right.x, right.row, alpha, add, c, ldc);
-    if (vectors) multiply_tile<M, 1, kTransposed>(depth, a, lda, right.x, right.row, alpha, add, c, ldc);
+    const float* b = right.x;
+    for (; vectors >= 2; vectors -= 2, b += right.panel, c += kPanel)
+        multiply_tile<M, 2, kTransposed>(depth, a, lda, b, right.row, alpha, add, c, ldc);
+    if (vectors) multiply_tile<M, 1, kTransposed>(depth, a, lda, b, right.row, alpha, add, c, ldc);
 }
 
 // x (n, dim), rows `stride` apart, as a right factor.
@@ -175,6 +195,23 @@ TARGET Right pack_transposed(const T* x, int64_t stride, int64_t n, int64_t dim,
         }
     }
     return {panels, kPanel, dim * kPanel};
+}
+
+// The dot products of x (dim) with the first `count` <= W rows of y, `stride` apart; other lanes repeat them. Sums of N rows,
+// a power of two, stay in registers.
+template <int N = W, class T>
+INLINE Vector dots(const T* x, const T* y, int64_t stride, int64_t count, int64_t dim) {
+    if constexpr (N > 4)  // fewer would wait for one another's sums
+        if (count <= N / 2) return dots<N / 2>(x, y, stride, count, dim);
+    Vector sum[N] = {};
+    const T* row[N];
+    for (int r = 0; r < N; ++r) row[r] = y + std::min<int64_t>(r, count - 1) * stride;
+    for (int64_t d = 0; d < dim; d += W) {
+        Vector left = load(x + d, dim - d);
+#pragma GCC unroll 16
+        for (int r = 0; r < N; ++r) sum[r] += left * load(row[r] + d, dim - d);
+    }
+    return sums_of(sum);
 }
 
 #include CAFE_KERNEL

@@ -129,7 +129,7 @@ def distance_attention(
         return reference.distance_attention(
             q, k, v, log_theta, cu_seqlens, longest, scale, window, dropout_p, seed, offset
         )
-    out, _ = ops.forward_op(
+    out, _ = ops.distance_attention(
         q, k, v, None if log_theta is None else log_theta.float(), cu_seqlens, max_seqlen or 0,
         scale, -1 if window is None else window, dropout_p, seed, offset, chosen,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """The fast backends as PyTorch operators: shapes for torch.compile, autograd, and the checks that must see values.
 
 A backend is a module with `unavailable(q) -> str | None` (why it cannot run), `forward` and `backward`, with the arguments of the
-operators below. Its tensors are contiguous, `log_theta` is float32 or None, `window` is -1 for none, `max_seqlen` is known.
+operators below. Its tensors are contiguous, `log_theta` is float32 or None, `window` is -1 for none, `max_seqlen` is known, but in
+the backward of "cpu", which looks for itself.
 
 The operators are registered with torch.library.Library rather than custom_op, whose wrappers take 0.1 ms of a step on a CPU, and
 autograd goes past the dispatcher where it can: short sequences take less time than that.
@@ -98,7 +99,9 @@ def backward(
     """Returns the gradients of q, k, v and log_theta; the last is empty where log_theta is None."""
     if len(q) == 0:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), _dlog_theta(q, log_theta)
-    longest = max_seqlen or longest_sequence(cu_seqlens, len(q), 0, log_theta)  # a given one was checked in forward
+    longest = max_seqlen  # a given one was checked in forward
+    if not longest and options[-1] != "cpu":
+        longest = longest_sequence(cu_seqlens, len(q), 0, log_theta)
     tensors = [x.contiguous() for x in (grad_out, q, k, v)]
     log_theta = None if log_theta is None else log_theta.contiguous()
     dq, dk, dv, dlog_theta = backend_module(options[-1]).backward(
@@ -121,9 +124,28 @@ def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, log_theta:
     return *gradients, _dlog_theta(q, log_theta)
 
 
+def _nobody_waits(q: Tensor) -> bool:
+    """Whether the dispatcher would only pass q on: no tracer, mode, transform, subclass of Tensor or device "meta"."""
+    return (
+        type(q) is Tensor
+        and not q.is_meta
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def distance_attention(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """forward_op(*inputs), without the dispatcher where nobody waits there."""
+    if not torch.compiler.is_compiling() and _nobody_waits(inputs[0]):
+        return _Forward.apply(*inputs)
+    return forward_op(*inputs)
+
+
 def _below_autograd(op: Any, function: Any, inputs: Any) -> Any:
-    """op(*inputs); by its Python function, without the dispatcher, where no tracer, subclass of Tensor or device "meta" waits there."""
-    if type(inputs[0]) is Tensor and not inputs[0].is_meta and not torch._C._len_torch_dispatch_stack():
+    """op(*inputs) from within autograd; by its Python function, without the dispatcher, where nobody waits there."""
+    if _nobody_waits(inputs[0]):
         return function(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*inputs)

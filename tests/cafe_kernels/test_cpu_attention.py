@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cafe_kernels import _C
 from cafe_kernels.attention import distance_attention, ops
@@ -79,10 +81,10 @@ def test_equals_reference(heads, dim, dtype, option, isa):
     check(actual, expected, TOLERANCE[dtype] * (4 if (dim, dtype) == (1, torch.bfloat16) else 1))
 
 
-LONG = [[1000], [300, 0, 193, 192, 97, 96], [2, 0, 9, 1] * 70]
+LONG = [[1000], [300, 0, 193, 192, 97, 96], [2, 0, 9, 1] * 70, list(range(20))]
 
 
-@pytest.mark.parametrize("lengths", LONG, ids=["one long", "around the blocks", "many short"])
+@pytest.mark.parametrize("lengths", LONG, ids=["one long", "around the blocks", "many short", "around a vector"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_long_and_many_sequences(lengths, option, isa):
     arguments = packed(lengths, 2, 20)
@@ -201,6 +203,20 @@ def test_compile(compiler):
             out = f(*leaves, cu, max_seqlen=70, dropout_p=0.2, seed=2**40 + step, offset=step)
             results.append([out, *torch.autograd.grad(out, leaves, grad_out)])
         torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("mode", [TorchDispatchMode, TorchFunctionMode])
+def test_modes_see_the_operator(mode):
+    seen = []
+
+    def see(self, function, types, args=(), kwargs=None):
+        seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+    q, k, v, log_theta, _, cu = packed([3, 20], 2, 16)
+    with type("Log", (mode,), {"__torch_dispatch__": see, "__torch_function__": see})():
+        distance_attention(q.requires_grad_(), k, v, log_theta, cu)
+    assert ops.forward_op in seen
 
 
 def test_autocast():
