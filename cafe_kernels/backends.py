@@ -5,6 +5,7 @@ for others where they can run, else `reference`.
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,10 @@ def choose_backend(backend: str | None, module: Callable[[str], ModuleType], *te
         reason = str(error)
     if reason and name:
         raise ValueError(f"backend {name!r} cannot run: {reason}")
+    if reason and tensors[0].is_cuda:
+        warnings.warn(
+            f"a GPU is used through plain PyTorch, slowly, as the triton backend cannot run: {reason}", stacklevel=3
+        )
     return "reference" if reason else chosen
 
 

@@ -50,6 +50,7 @@ CASES = [
     (4, 16, F16, "plain", [65]),
     (1, 200, F16, "dropout", [65, 9]),
     (1, 256, F32, "both", [65]),
+    (1, 16, F32, "plain", [1] * 130),
 ]
 
 if not INTERPRETED:
@@ -91,7 +92,7 @@ else:
     from hypothesis import given, settings
     from hypothesis import strategies as st
 
-    from cafe_kernels.attention import triton_long, triton_short
+    from cafe_kernels.attention import triton_common, triton_long, triton_short
     from cafe_kernels.backends import choose_backend
     from tests.cafe_kernels.test_cpu_attention import check, compute, packed, truth
 
@@ -102,6 +103,17 @@ else:
         assert actual["out"].dtype == actual["dv"].dtype == dtype
         assert actual["dlog_theta"].dtype == F32
         check(actual, truth(*arguments, **OPTIONS[option]), TOLERANCE[dtype])
+
+    @pytest.mark.parametrize("window", [62, 63])
+    def test_the_widest_windows_of_the_short_path(window):
+        arguments = packed([64], 1, 16)
+        check(compute(*arguments, backend="triton", window=window), truth(*arguments, window=window), TOLERANCE[F32])
+
+    def test_the_reduction_sums_all_programs():
+        partial = torch.randn(200, 3, 40, generator=torch.Generator().manual_seed(0))
+        found = triton_common.reduce(partial, torch.empty(3, 55))
+        torch.testing.assert_close(found[:, :40], partial.sum(0), rtol=1e-5, atol=1e-5)
+        assert (found[:, 40:] == 0).all()
 
     @pytest.mark.parametrize("longest", [50, 100])
     def test_programs_share_the_work(longest, monkeypatch):

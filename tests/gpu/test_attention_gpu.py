@@ -7,7 +7,8 @@ exp2 and log2 (2 units in the last place), which the bounds leave room for.
 import pytest
 import torch
 
-from cafe_kernels.attention import choose_backend, distance_attention, ops
+from cafe_kernels.attention import distance_attention, ops
+from cafe_kernels.backends import choose_backend
 from tests.cafe_kernels.test_cpu_attention import NAMES, packed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -115,7 +116,7 @@ def test_it_is_the_default_and_does_not_wait():
     """With max_seqlen given nothing looks at a value on the GPU, forward or backward."""
     for lengths in (SHORT, LONG):
         arguments = on_gpu(lengths, 2, 64)
-        assert choose_backend(arguments[0], None) == "triton"
+        assert choose_backend(None, ops.backend_module, arguments[0]) == "triton"
         compute(*arguments, max_seqlen=max(lengths))  # compiles
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
