@@ -52,9 +52,9 @@ def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
     NVIDIA's compiler from spilling a few registers for the sake of more programs at a time, and AMD's products of 16 rows have fewer
     masks for its scalar registers to hold than those of 32."""
     columns = max(16, triton.next_power_of_2(head_dim))
-    common = {"num_stages": 1, "matrix_instr_nonkdim": 16}
+    common = {"num_stages": 1, "maxnreg": 255, "matrix_instr_nonkdim": 16}
     if itemsize == 4:
-        return common | {"CHUNK": 16, "num_warps": 8, "maxnreg": 255}
+        return common | {"CHUNK": 16, "num_warps": 8}
     if backward and columns > 64:
         return common | {"CHUNK": 32, "num_warps": 8}
     return common | {"CHUNK": min(columns, 64), "num_warps": 8 if backward and columns == 32 else 4}
