@@ -1,7 +1,7 @@
 """A catalog of millions on one machine: time and peak memory of every stage, and how the training step grows with the catalog.
 
-    python benchmarks/at_scale.py stages [--preset amazon --preset tmall] [--work FOLDER]
-    python benchmarks/at_scale.py steps
+    python -m benchmarks.at_scale stages [--preset amazon --preset tmall] [--work FOLDER]
+    python -m benchmarks.at_scale steps
 
 `stages` runs the commands as a user would, each in a process of its own, on simulated shops with the counts of the paper's Table 1:
 CAFE `best` at d = 128, one epoch of training with validation and calibration, a sample of users ranked against the whole catalog.

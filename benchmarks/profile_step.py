@@ -1,6 +1,6 @@
 """Where the time of a training step goes, by part, and what share of it is matrix products at the speed of sgemm.
 
-    python benchmarks/profile_step.py [--data FOLDER] [--write]        --write: replace the section in benchmarks/README.md
+    python -m benchmarks.profile_step [--data FOLDER] [--write]        --write: replace the section in benchmarks/README.md
 
 torch.profiler sees every operator. Each is counted for the part of the model that called it; in the backward pass, for the part
 whose forward operator made that node of the graph (they share a sequence number). The profiler slows small operators down, so only
@@ -29,9 +29,10 @@ README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- written by profile_step.py -->", "<!-- end of profile_step.py -->"
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm"}
 OUTSIDE = "the rest"
+ATTENTION = "_Forward"  # cafe_kernels.attention.ops, within a module's attention
 # Which operators of a part are parts of their own.
 WITHIN = {
-    "attention": lambda op: "attention op" if "distance_attention" in op else "projections",
+    "attention": lambda op: "attention op" if op == ATTENTION else "projections",
 }
 ORDER = (
     "batch and negatives", "embeddings", "positions and dropout masks", "projections", "attention op", "norms", "feed-forward",
@@ -99,7 +100,7 @@ def measure(trainer: Trainer, steps: list[np.ndarray]) -> tuple[dict[str, tuple[
                 if "AccumulateGrad" in event.name:
                     return "gradients of weights, added", True
                 return made_by.get(event.sequence_nr, OUTSIDE), True
-            op = event.name if "distance_attention" in event.name else op
+            op = event.name if event.name == ATTENTION else op
             event = event.cpu_parent
         return OUTSIDE, False
 
