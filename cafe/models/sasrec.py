@@ -91,9 +91,14 @@ class SASRec(Model):
         return Scores(item, intent)
 
     def index(self) -> TopKIndex:
-        """The items as they are now, to be searched with the states of `states` and the scores of `joint_terms`."""
-        items = torch.arange(self.num_items, device=self.item_embedding.device)
-        return TopKIndex(self.embed(items).detach().float(), self.item_intent, self.num_intents)
+        """The items as they are now, to be searched with the states of `states` and the scores of `joint_terms` until the model
+        changes. Only composed items are copied."""
+        table = self.item_embedding.detach().float()
+        if self.config.compose_items:
+            table, intents = table.clone(), self.item_intent_embedding.detach()
+            for rows, intent in zip(table.split(1 << 16), self.item_intent.split(1 << 16), strict=True):
+                rows += intents[intent]
+        return TopKIndex(table, self.item_intent, self.num_intents)
 
     def joint_terms(
         self, intent_logits: Tensor | None, weight: float | None = None, protocol: str = "full"
