@@ -25,13 +25,13 @@ import torch
 import typer
 
 from benchmarks.common import machine, write
-from cafe.batches import Batches, prefetch
+from benchmarks.test_training import Trainer
+from cafe.batches import prefetch
 from cafe.config import Config
 from cafe.data.dataset import Dataset, Sequences
 from cafe.data.prepare import prepare
 from cafe.data.simulate import PRESETS, simulate
-from cafe.models import build
-from cafe.train import make_optimizers, train_step
+from cafe.train import train_step
 
 DIM, USERS = 128, 2_000
 SIZES = (10_000, 100_000, 1_910_226)
@@ -90,9 +90,8 @@ class Steps:
 
     def __init__(self, dataset: Dataset) -> None:
         config = Config.make("cafe", "best", dim=DIM)
-        torch.manual_seed(0)
-        self.model = build(config, dataset).train()
-        self.optimizers, batches = make_optimizers(self.model), Batches(config, dataset)
+        trainer = Trainer(config, dataset)
+        self.model, self.optimizers, batches = trainer.model, trainer.optimizers, trainer.batches
         order = batches.order(0)
         rows = np.split(order, range(config.batch_size, len(order), config.batch_size))
         self.batches: Iterator[Any] = prefetch(lambda i: batches(rows[i], i), range(len(rows) - 1))

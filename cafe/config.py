@@ -46,9 +46,7 @@ class Config:
     batch_size: int = 64  # sequences a step
     lr: float = 1e-3
     weight_decay: float = 0.0  # decoupled
-    precision: Literal["fp32", "bf16"] = (
-        "fp32"  # of the products in training; weights, moments, sums and losses are float32
-    )
+    precision: Literal["fp32", "bf16"] = "fp32"  # of training's products; weights, moments, sums and losses are float32
     epochs: int = 100
     patience: int = 10  # validations without a better one before stopping
     valid_every: int = 1  # epochs between validations

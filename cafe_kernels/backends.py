@@ -55,3 +55,8 @@ def launchable(config: dict[str, int]) -> dict[str, int]:
     """A Triton kernel's configuration without what only the other vendor's compiler knows."""
     vendor = "AMD" if torch.version.hip else "NVIDIA"
     return {key: value for key, value in config.items() if ONE_VENDOR.get(key, vendor) == vendor}
+
+
+def vendor_options(config: dict[str, Any]) -> dict[str, Any]:
+    """What only one vendor's compiler knows: the `options` of a case for cafe_kernels.compile, of which each compiler takes its own."""
+    return {key: config[key] for key in ONE_VENDOR if key in config}

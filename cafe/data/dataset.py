@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from cafe.data.folders import checksum, new_folder, read_sealed, seal, write_file
+from cafe.data.folders import checksum, new_folder, read_sealed, seal, write_file, write_with_checksum
 
 FORMAT = "cafe-dataset"
 VERSION = 2
@@ -211,11 +211,11 @@ class Dataset:
         with new_folder(path, MARKER, FORMAT, [MARKER, *FILES]) as folder:
             checksums = {}
             for name in ARRAYS:
-                checksums[f"{name}.npy"] = write_file(folder / f"{name}.npy", _npy(self._array(name)))
+                checksums[f"{name}.npy"] = write_with_checksum(folder / f"{name}.npy", _npy(self._array(name)))
             for name in VOCABULARIES:
                 buffer = io.BytesIO()
                 self._vocabulary(name).rename("id").to_frame().write_parquet(buffer)
-                checksums[f"{name}.parquet"] = write_file(folder / f"{name}.parquet", [buffer.getbuffer()])
+                checksums[f"{name}.parquet"] = write_with_checksum(folder / f"{name}.parquet", [buffer.getbuffer()])
             meta = {
                 "format": FORMAT,
                 "version": VERSION,

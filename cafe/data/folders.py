@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 
-def write_file(path: Path, chunks: Iterable[Any]) -> str:
-    """Writes bytes-like chunks to a file, flushes it to the disk, and returns its checksum (see `checksum`)."""
-    digest = blake2b(digest_size=16)
+def write_file(path: Path, chunks: Iterable[Any]) -> None:
+    """Writes bytes-like chunks to a file and flushes it to the disk."""
     try:
         with path.open("wb") as file:
             for chunk in chunks:
                 file.write(chunk)
-                digest.update(chunk)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -30,6 +28,18 @@ def write_file(path: Path, chunks: Iterable[Any]) -> str:
             f"cannot write {path}: {error.strerror}; what was there before is kept. Put that right and run it again "
             "(cafe train: with --resume)"
         ) from None
+
+
+def write_with_checksum(path: Path, chunks: Iterable[Any]) -> str:
+    """`write_file`; returns what `checksum` will find."""
+    digest = blake2b(digest_size=16)
+
+    def summed() -> Iterator[Any]:
+        for chunk in chunks:
+            digest.update(chunk)
+            yield chunk
+
+    write_file(path, summed())
     return digest.hexdigest()
 
 

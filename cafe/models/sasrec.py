@@ -91,13 +91,14 @@ class SASRec(Model):
         return Scores(item, intent)
 
     def index(self) -> TopKIndex:
-        """The items as they are now, to be searched with the states of `states` and the scores of `joint_terms` until the model
-        changes. Only composed items are copied."""
-        table = self.item_embedding.detach().float()
-        if self.config.compose_items:
-            table, intents = table.clone(), self.item_intent_embedding.detach()
-            for rows, intent in zip(table.split(1 << 16), self.item_intent.split(1 << 16), strict=True):
-                rows += intents[intent]
+        """The items as they are now, to be searched with the states of `states` and the scores of `joint_terms`."""
+        table = torch.empty_like(self.item_embedding, dtype=torch.float32, requires_grad=False)
+        items = torch.arange(self.num_items, device=table.device)
+        with torch.no_grad():
+            for rows, some in zip(
+                table.split(1 << 16), items.split(1 << 16), strict=True
+            ):  # so that one table is made, not three
+                rows.copy_(self.embed(some))
         return TopKIndex(table, self.item_intent, self.num_intents)
 
     def joint_terms(

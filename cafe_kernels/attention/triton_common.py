@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cafe_kernels.backends import ONE_VENDOR
+from cafe_kernels.backends import ONE_VENDOR, vendor_options
 
 if "disable_licm" not in inspect.signature(tl.range).parameters:
     raise ImportError(f"triton {triton.__version__} is too old: it has no tl.range(..., disable_licm)")
@@ -174,5 +174,5 @@ def case(name: str, kernel: Any, constants: dict[str, Any], dtype: str = "fp32")
         fixed |= {name: None for name in ("log_theta", "partial") if name in kernel.arg_names}
     signature = {x: "constexpr" if x in fixed else types.get(x, f"*{dtype}") for x in kernel.arg_names}
     made = {"name": name, "kernel": kernel, "signature": signature, "constexprs": fixed, "dtype": dtype}
-    made["options"] = {key: constants[key] for key in ONE_VENDOR if key in constants}
+    made["options"] = vendor_options(constants)
     return made | {key: constants.get(key, default) for key, default in (("num_warps", 4), ("num_stages", 1))}

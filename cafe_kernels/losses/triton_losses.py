@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cafe_kernels.backends import ONE_VENDOR, launchable
+from cafe_kernels.backends import launchable, vendor_options
 from cafe_kernels.losses.ops import parts_of
 
 BLOCK_K, BLOCK_T, CHUNK = 16, 16, 16
@@ -456,6 +456,6 @@ def compile_cases() -> list[dict[str, Any]]:
             cases.append({
                 "name": f"{kernel.__name__}, {'softmax' if softmax else 'bce'}, d=128, {dtype} table", "kernel": kernel,
                 "signature": signature, "constexprs": constexprs, **LAUNCH, "dtype": "fp32",
-                "num_warps": launch["num_warps"], "options": {key: launch[key] for key in ONE_VENDOR if key in launch},
+                "num_warps": launch["num_warps"], "options": vendor_options(launch),
             })  # fmt: skip
     return cases

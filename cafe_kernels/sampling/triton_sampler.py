@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cafe_kernels.attention.triton_common import philox
-from cafe_kernels.backends import ONE_VENDOR, launchable
+from cafe_kernels.backends import launchable, vendor_options
 
 ATTEMPTS = tl.constexpr(256)  # csrc/sampler.cpp: kAttempts
 STREAM = tl.constexpr(0)  # csrc/philox.h: kSamplerStream
@@ -249,6 +249,6 @@ def compile_cases() -> list[dict[str, Any]]:
             "name": name, "kernel": kernel, "constexprs": fixed, "dtype": "fp64",
             "signature": {x: "constexpr" if x in fixed else types[x] for x in kernel.arg_names},
             "num_warps": constants["num_warps"], "num_stages": constants["num_stages"],
-            "options": {x: constants[x] for x in ONE_VENDOR if x in constants},
+            "options": vendor_options(constants),
         })  # fmt: skip
     return cases
