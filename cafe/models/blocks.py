@@ -71,7 +71,7 @@ class Encoder(nn.Module):
     def __init__(self, config: Config, mask: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.position = nn.Parameter(torch.randn(config.max_len, config.dim) * config.init_std)
+        self.position = nn.Parameter(torch.randn(config.max_len, config.dim).mul_(config.init_std))
         self.blocks = nn.ModuleList(Block(config, mask) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim, eps=1e-8)
 

@@ -7,14 +7,14 @@ score(v) = log sigma(r^v_v) + log sigma(r^c_{c(v)})                             
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import logsigmoid
 
 from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.models.base import RANKINGS, Batch
 from cafe.models.blocks import Encoder
 from cafe.models.sasrec import SASRec
-from cafe_kernels.losses import sampled_bce
+from cafe_kernels.losses import sampled_bce, sampled_softmax
 from cafe_kernels.topk.reference import JOINS
 
 
@@ -25,7 +25,7 @@ class CAFE(SASRec):
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
-        self.intent_embedding = nn.Parameter(torch.randn(self.num_intents, config.dim) * config.init_std)
+        self.intent_embedding = nn.Parameter(torch.randn(self.num_intents, config.dim).mul_(config.init_std))
         self.intent_encoder = Encoder(config)
 
     def encode(
@@ -49,7 +49,10 @@ class CAFE(SASRec):
         """BCE over the next intent and one negative (Eq. 9), or the full softmax over intents; coarse (T, d)."""
         positives = self.item_intent[batch.positives]
         if self.config.intent_loss == "softmax":
-            return cross_entropy((coarse @ self.intent_embedding.T).float(), positives)
+            intents = torch.arange(
+                self.num_intents, device=coarse.device
+            )  # all of them, and never (T, C) logits in memory
+            return sampled_softmax(coarse, self.intent_embedding, positives, intents)
         assert batch.intent_negatives is not None
         return sampled_bce(coarse, self.intent_embedding, positives, batch.intent_negatives)
 

@@ -20,9 +20,9 @@ class SASRec(Model):
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
-        self.item_embedding = nn.Parameter(torch.randn(self.num_items, config.dim) * config.init_std)
+        self.item_embedding = nn.Parameter(torch.randn(self.num_items, config.dim).mul_(config.init_std))
         if config.compose_items:
-            self.item_intent_embedding = nn.Parameter(torch.randn(self.num_intents, config.dim) * config.init_std)
+            self.item_intent_embedding = nn.Parameter(torch.randn(self.num_intents, config.dim).mul_(config.init_std))
         self.item_encoder = Encoder(config, mask=self.mask and config.distance_mask)
 
     def embed(self, items: Tensor) -> Tensor:
@@ -82,7 +82,9 @@ class SASRec(Model):
     ) -> Scores:
         state, intent_state = self.states(items, cu_seqlens)
         if candidates is None:
-            item = state @ self.embed(torch.arange(self.num_items, device=state.device)).T
+            item = state @ self.item_embedding.T
+            if self.config.compose_items:  # R . (E_v + E_c) by its two parts: no second table is made
+                item += (state @ self.item_intent_embedding.T)[:, self.item_intent]
         else:
             item = (self.embed(candidates) @ state.unsqueeze(-1)).squeeze(-1)
         intent = None if intent_state is None else self.intent_logits(intent_state)

@@ -192,6 +192,19 @@ def test_sampled_softmax_by_hand(dataset):
     assert abs(model.item_loss(state, batch).item() - expected) < 1e-5
 
 
+def test_the_softmax_over_all_intents_is_the_cross_entropy(dataset):
+    torch.manual_seed(0)
+    model = build(Config.make("cafe", "best", dim=8, init_std=1.0), dataset)
+    coarse, positives = torch.randn(70, 8, requires_grad=True), torch.randint(dataset.num_items, (70,))
+    inputs = coarse, model.intent_embedding
+    logits = coarse @ model.intent_embedding.T
+    expected = torch.nn.functional.cross_entropy(logits, model.item_intent[positives])
+    loss = model.intent_loss(coarse, SimpleNamespace(positives=positives))
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def attention_by_hand(attention, config, query, source, positions, mask):
     """Eq. 2-6 of one sequence, one head and one query after the other."""
     width = config.dim // config.heads
