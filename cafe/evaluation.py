@@ -7,19 +7,19 @@ they say what another sample of users would give, not what another training seed
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cafe.data.folders import write_atomically
 from cafe.metrics import METRICS, Floats, bootstrap_means, expected_metric, interval
 
 FORMAT = "cafe-evaluation"
@@ -141,16 +141,9 @@ class Evaluation:
         arrays = {"users": self.users, "history_length": self.history_length, "train_frequency": self.train_frequency}
         for score in self.greater:
             arrays |= {f"greater/{score}": self.greater[score], f"equal/{score}": self.equal[score]}
-        path = Path(path)
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                np.savez_compressed(file, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
-                file.close()
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        file = io.BytesIO()
+        np.savez_compressed(file, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
+        write_atomically({Path(path): [file.getbuffer()]})
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:

@@ -14,7 +14,6 @@ To resume starts from last.safetensors alone, so a process may be killed between
 (a better best.safetensors, the half-written .NAME.tmp of a file) is written again, with the same bits.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -37,7 +36,7 @@ from cafe.batches import Batches, prefetch
 from cafe.checkpoint import load_checkpoint, read_state, save_checkpoint
 from cafe.config import Config
 from cafe.data.dataset import Dataset
-from cafe.data.folders import read_sealed, seal, write_atomically
+from cafe.data.folders import lock, read_sealed, seal, write_atomically
 from cafe.evaluate import evaluate
 from cafe.models import Model, build
 from cafe.models.base import RANKINGS, Batch
@@ -435,12 +434,7 @@ def _locked(out: Path) -> Iterator[None]:
     """Makes the folder and keeps other processes from training in it; the lock file that stays means nothing by itself."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another process trains in {out}: wait for it, or choose another --out") from None
-        except OSError:
-            pass  # a file system without locks
+        lock(file.fileno(), f"another process trains in {out}: wait for it, or choose another --out")
         yield
 
 

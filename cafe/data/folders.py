@@ -4,9 +4,9 @@ What is new is written beside the wanted place, flushed to the disk and then ren
 rename, the former result is still there and nothing half-written is left.
 """
 
+import fcntl
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -122,29 +122,50 @@ def check_replaceable(out: Path, marker: str, format: str, names: Collection[str
 def new_folder(out: str | Path, marker: str, format: str, names: Collection[str]) -> Iterator[Path]:
     """Gives a temporary folder to fill, which becomes `out` when the block ends without an error.
 
-    An earlier result at `out` is replaced (see `check_replaceable`) only once the new one is complete and on the disk.
+    An earlier result at `out` is replaced (see `check_replaceable`) only once the new one is complete and on the disk. What a process
+    killed at once leaves (`.NAME.tmp`, `.NAME.old`) the next one for the same `out` clears away or puts back.
+
+    Raises:
+        BlockingIOError: another process writes the same `out`.
     """
     out = Path(out).expanduser().resolve()
+    temporary, former = (out.with_name(f".{out.name}.{suffix}") for suffix in ("tmp", "old"))
+    if former.exists() and not out.exists():
+        former.rename(out)
     check_replaceable(out, marker, format, names)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tag = secrets.token_hex(4)
-    temporary, former = (out.parent / f".{out.name}.{tag}.{suffix}" for suffix in ("tmp", "old"))
-    temporary.mkdir()
+    temporary.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(temporary, os.O_RDONLY)
     try:
-        yield temporary
-        _flush_folder(temporary)
-        if out.exists():
-            out.rename(former)
+        lock(descriptor, f"another process writes {out}: wait for it, or choose another output folder")
         try:
-            temporary.rename(out)
-        except BaseException:
-            if former.exists():
-                former.rename(out)
-            raise
-        _flush_folder(out.parent)
+            for left in (*temporary.iterdir(), former):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+            yield temporary
+            _flush_folder(temporary)
+            if out.exists():
+                out.rename(former)
+            try:
+                temporary.rename(out)
+            except BaseException:
+                if former.exists():
+                    former.rename(out)
+                raise
+            _flush_folder(out.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(former, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(former, ignore_errors=True)
+        os.close(descriptor)
+
+
+def lock(descriptor: int, busy: str) -> None:
+    """Locks an open file or folder until it is closed; BlockingIOError(`busy`) where another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(busy) from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def _flush_folder(folder: Path) -> None:

@@ -435,6 +435,47 @@ def test_a_write_that_fails_keeps_the_former_folder(tmp_path, monkeypatch, momen
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("renames", [0, 1])
+def test_what_a_killed_process_left_is_cleared_away_or_put_back(tmp_path, renames):
+    write = f"""
+import os
+from pathlib import Path
+from cafe.data.folders import new_folder
+def fill(text, kill):
+    with new_folder("out", "marker.json", "thing", ["marker.json", "part"]) as folder:
+        (folder / "marker.json").write_text('{{"format": "thing"}}')
+        (folder / "part").write_text(text)
+        if kill and {renames} == 0:
+            os._exit(9)
+        if kill:
+            rename = Path.rename
+            Path.rename = lambda self, to: rename(self, to) if to.suffix == ".old" else os._exit(9)
+fill("former", False)
+fill("new", True)
+"""
+    assert subprocess.run([sys.executable, "-c", write], cwd=tmp_path).returncode == 9
+    left = {".out.tmp", "out"} if renames == 0 else {".out.tmp", ".out.old"}
+    assert {entry.name for entry in tmp_path.iterdir()} == left
+    with new_folder(tmp_path / "out", "marker.json", "thing", ["marker.json", "part"]) as folder:
+        assert (tmp_path / "out" / "part").read_text() == "former"
+        assert list(folder.iterdir()) == []
+        (folder / "part").write_text("newest")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "part").read_text() == "newest"
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    with new_folder(tmp_path / "out", "marker.json", "thing", []) as folder:
+        (folder / "part").write_text("first")
+        with (
+            pytest.raises(BlockingIOError, match=r"another process writes .*out: wait"),
+            new_folder(tmp_path / "out", "marker.json", "thing", []),
+        ):
+            pass
+        assert (folder / "part").read_text() == "first"
+    assert (tmp_path / "out" / "part").read_text() == "first"
+
+
 def test_a_new_folder_replaces_the_former_one_whole(tmp_path):
     for text, names in (("former", ["marker.json", "part", "more"]), ("new", ["marker.json", "part"])):
         with new_folder(tmp_path / "out", "marker.json", "thing", ["marker.json", "part", "more"]) as folder:
