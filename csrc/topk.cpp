@@ -12,7 +12,7 @@
 // so far. All slacks for rounding are in `slack` and `reach`.
 //
 // Order: a user's most promising groups first, for a good threshold; then all groups in the order of memory, each for all
-// the users whose threshold its bound reaches, so that they share its reads.
+// the users whose threshold its bound reaches, so that they share its reads. What a user has seen at first is left out then.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -44,6 +44,7 @@ constexpr int64_t kSegment = 8, kPairs = kSegment / 2;      // blocks scanned be
 constexpr int64_t kBatch = 256;                             // users that share reads
 constexpr int64_t kSeeds = 64, kSeedBlocks = 64;            // groups, and blocks of each, looked at for a first threshold
 constexpr int64_t kSeedItems = 4096;
+static_assert(kSeedBlocks % kSegment == 0, "a user who has seen the first blocks joins at a segment");
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
 struct Query {  // a user against a segment
@@ -177,6 +178,7 @@ struct User {
     int32_t bias;
     double norm, step, rest;  // |u|, the unit of the codes, |f|; norms are rounded up
     std::vector<int32_t> excluded;
+    std::vector<int64_t> seeded;  // groups whose first kSeedBlocks blocks it has seen, ascending
 };
 
 struct Active {  // a user whom a group may concern
@@ -255,9 +257,9 @@ class Batch {
         return std::binary_search(user.excluded.begin(), user.excluded.end(), item);
     }
 
-    // A first threshold: the k-th best of what the most promising groups have.
-    void seed(int64_t u, int64_t k, Tally& tally) {
-        const User& user = users[u];
+    // A first threshold: the k-th best of what the most promising groups have, which goes to `found`.
+    void seed(int64_t u, int64_t k, Tally& tally, std::vector<Found>& found) {
+        User& user = users[u];
         std::vector<std::pair<double, int64_t>> order(index.groups);
         const double likely = std::min(1.0, 4 / std::sqrt(double(index.dim)));
         for (int64_t g = 0; g < index.groups; ++g) {
@@ -266,15 +268,16 @@ class Batch {
         }
         const int64_t seeds = std::min(index.groups, std::max(kSeeds, k / 4));
         std::partial_sort(order.begin(), order.begin() + seeds, order.end());
-        std::vector<Found> found;
         Keep keep{*this, k, u, &found};
         std::vector<Active> active;
         const int64_t enough = tally.scored + std::max(kSeedItems, 8 * k);
         for (int64_t s = 0; s < seeds && (s < 4 || tally.scored < enough); ++s) {
             active.clear();
             activate(order[s].second, u, active);
-            visit(order[s].second, kSeedBlocks, active, tally, keep);
+            visit(order[s].second, kSeedBlocks, active, {}, tally, keep);
+            user.seeded.push_back(order[s].second);
         }
+        std::sort(user.seeded.begin(), user.seeded.end());
         if (int64_t(found.size()) < k) return;
         std::nth_element(found.begin(), found.begin() + k - 1, found.end());
         raise(threshold[u], found[k - 1].score);
@@ -286,12 +289,16 @@ class Batch {
         std::atomic<int64_t> next{0};
         const int64_t panels = (index.groups + kBlock - 1) / kBlock;
         parallel_for(threads, threads, [&](int64_t slot) {
-            std::vector<Active> active;
+            std::vector<Active> active, late;  // late: those who have seen the first blocks
             for (int64_t panel; (panel = next++) < panels;)
                 for (int64_t g = panel * kBlock; g < std::min(index.groups, (panel + 1) * kBlock); ++g) {
-                    active.clear();
-                    for (int64_t u = 0; u < count; ++u) activate(g, u, active);
-                    if (!active.empty()) visit(g, index.blocks, active, tallies[slot], sinks[slot]);
+                    active.clear(), late.clear();
+                    for (int64_t u = 0; u < count; ++u) {
+                        const std::vector<int64_t>& seeded = users[u].seeded;
+                        if (!activate(g, u, active) || !std::binary_search(seeded.begin(), seeded.end(), g)) continue;
+                        late.push_back(active.back()), active.pop_back();
+                    }
+                    if (!active.empty() || !late.empty()) visit(g, index.blocks, active, late, tallies[slot], sinks[slot]);
                 }
         });
     }
@@ -388,22 +395,25 @@ class Batch {
         return intent + (sigmoid ? std::min(dot, 0.0) : dot) >= reach(threshold, intent, false);
     }
 
-    void activate(int64_t g, int64_t u, std::vector<Active>& active) const {
+    bool activate(int64_t g, int64_t u, std::vector<Active>& active) const {
         const User& user = users[u];
         const auto [least, most] = range(user, g);
         const float now = threshold[u].load(std::memory_order_relaxed);
         const double centre = base(g, u), radius = radius_of(g);
-        if (reaches(now, most, centre + user.norm * radius + slack(user, g, radius)))
-            active.push_back({u, centre, most, now, inverse(now, most, false), counting ? inverse(now, least, true) : kInf});
+        if (!reaches(now, most, centre + user.norm * radius + slack(user, g, radius))) return false;
+        active.push_back({u, centre, most, now, inverse(now, most, false), counting ? inverse(now, least, true) : kInf});
+        return true;
     }
 
+    // The first blocks of a group for the users `active`, from kSeedBlocks on for those of `late` too.
     template <class Sink>
-    void visit(int64_t g, int64_t most_blocks, std::vector<Active>& active, Tally& tally, Sink& sink) {
+    void visit(int64_t g, int64_t most_blocks, std::vector<Active>& active, const std::vector<Active>& late, Tally& tally, Sink& sink) {
         Query queries[kBatch];
         const Query* pointers[kBatch];
         uint32_t low[kBatch * kPairs], high[kBatch * kPairs];
         const int64_t end = std::min<int64_t>(index.start[g + 1], index.start[g] + most_blocks);
         for (int64_t b = index.start[g]; b < end; b += kSegment) {
+            if (b - index.start[g] == kSeedBlocks) active.insert(active.end(), late.begin(), late.end());
             const int64_t blocks = std::min(kSegment, end - b), left = index.size[g] - (b - index.start[g]) * kBlock;
             const double radius = index.radius[b], error = index.error[b];
             int64_t kept = 0;
@@ -427,7 +437,8 @@ class Batch {
                 active[kept++] = a;
             }
             active.resize(kept);
-            if (!kept) return;
+            if (!kept && (late.empty() || b - index.start[g] >= kSeedBlocks)) return;
+            if (!kept) continue;
             for (int64_t u = 0; u < kept; u += kernels.users)
                 kernels.scan(index.codes + b * index.quads * 4 * kBlock, index.scale + b * kBlock, index.quads, blocks,
                              std::min(kernels.users, kept - u), pointers + u, low + u * kPairs, high + u * kPairs);
@@ -515,8 +526,8 @@ py::tuple search(const Index& index, Array<float> user, std::optional<Array<floa
         py::gil_scoped_release release;
         for_batches(index, r, false, threads, [&](Batch& batch, int64_t first) {
             std::vector<Tally> seeding(batch.count), tallies(threads);
-            parallel_for(batch.count, threads, [&](int64_t u) { batch.seed(u, k, seeding[u]); });
             std::vector<std::vector<Found>> found(threads * batch.count);
+            parallel_for(batch.count, threads, [&](int64_t u) { batch.seed(u, k, seeding[u], found[u]); });
             std::vector<Batch::Keep> sinks;
             for (int64_t t = 0; t < threads; ++t) sinks.push_back({batch, k, 0, found.data() + t * batch.count});
             batch.sweep(tallies, sinks);

@@ -40,6 +40,7 @@ def assert_same(p: dict[str, Tensor], k: int, join: str, exclude: tuple[Tensor, 
     want, got = (x.search(p["user"], k, p["scores"], join=join, exclude=exclude) for x in (slow, fast))
     assert torch.equal(want.items, got.items)
     assert torch.equal(want.scores, got.scores)
+    assert 0 <= got.exact <= got.scored <= 1
     if len(p["table"]):
         answers = torch.arange(len(p["user"])) * 7 % len(p["table"])
         want_counts, counts = (
@@ -161,6 +162,14 @@ def test_most_of_an_unclustered_catalog_is_scored_by_codes_only() -> None:
     result = TopKIndex(p["table"]).search(p["user"], 10)
     assert result.scored > 0.9
     assert result.exact < 0.02  # the codes' error is some 1% of |user| |item|
+
+
+@pytest.mark.parametrize("items", [50, 3 * cpu.LARGEST // 2])
+def test_no_pair_is_counted_twice(items: int) -> None:
+    """Where nothing can be skipped all are scored, once: what is looked at for a first threshold is not looked at again."""
+    p = problem(items, 64, 1, 3, "equal")
+    result = TopKIndex(p["table"]).search(p["user"], items)
+    assert (result.scored, result.exact) == (1, 1)
 
 
 def test_scores_are_the_dot_products() -> None:
