@@ -20,6 +20,7 @@ from cafe_kernels.topk import cpu, reference
 __all__ = ["TopK", "TopKIndex", "joint_topk", "topk_inner_product"]
 
 MODULES = {"cpu": "cpu", "triton": "triton_topk"}
+INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 LARGEST_SCORE = 1e37  # |user| |item|: beyond it float32 may overflow
 
 
@@ -29,7 +30,7 @@ def backend_module(name: str) -> ModuleType:
 
 
 class TopK(NamedTuple):
-    """items: int64 (B, k), best first, and -1 where there are no more; scores: float32 (B, k), there -inf.
+    """items: int64 (B, k), k at most max(1, V), best first, and -1 where there are no more; scores: float32, likewise, there -inf.
     scored: the share of all pairs of user and item that were scored at all (1 for brute force); exact: the share that was scored in
     full precision."""
 
@@ -42,7 +43,8 @@ class TopK(NamedTuple):
 class TopKIndex:
     """A table of items with what a search needs: order by intent, centroids, radii and 8-bit codes. It is built once for a checkpoint.
 
-    The table is not copied and must not change. The rest takes V * (d + 12) bytes and d / 16 bytes for an item.
+    The table is not copied. A search after torch changed it is refused (what writes through numpy goes unnoticed). The rest takes
+    V * (d + 12) bytes and d / 16 bytes for an item.
 
     Args:
         table: (V, d) float32, finite.
@@ -86,7 +88,12 @@ class TopKIndex:
         if not self.largest_norm < torch.inf:
             raise ValueError("the table has numbers that are not finite, or too large for float32: cannot rank by it")
         self.table, self.item_intent = table.contiguous(), item_intent.contiguous()
+        self._versions = self._version_now()
         self.backend = choose_backend(backend, backend_module, table)
+
+    def _version_now(self) -> list[int]:
+        """What torch counts up at every change in place; inference tensors have no count."""
+        return [0 if x.is_inference() else x._version for x in (self.table, self.item_intent)]
 
     @cached_property
     def _codes(self) -> Any:
@@ -110,11 +117,12 @@ class TopKIndex:
             exclude: (indptr, indices), integers (B + 1,) and (n,): the items user b may not get are indices[indptr[b]:indptr[b + 1]].
 
         Raises:
-            ValueError: wrong shapes or dtypes, numbers that are not finite, scores beyond 1e37.
+            ValueError: wrong shapes or dtypes, numbers that are not finite, scores beyond 1e37, a table that changed.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        user = user.detach()
+        k = max(1, min(k, len(self.table)))
+        user, intent_scores = user.detach(), None if intent_scores is None else intent_scores.detach()
         self._check(user, intent_scores, join, exclude)
         if self.backend == "cpu":
             items, scores, work = cpu.search(self._codes, user, intent_scores, join, k, exclude)
@@ -146,7 +154,7 @@ class TopKIndex:
             >>> index.count_above(torch.tensor([[1.0], [1.0]]), torch.tensor([0, 1])).tolist()
             [[2, 0], [0, 1]]
         """
-        user = user.detach()
+        user, intent_scores = user.detach(), None if intent_scores is None else intent_scores.detach()
         self._check(user, intent_scores, join, exclude)
         if answers.shape != user.shape[:1] or answers.dtype != torch.int64:
             raise ValueError(f"answers must be int64 ({len(user)},), got {answers.dtype} {tuple(answers.shape)}")
@@ -160,6 +168,8 @@ class TopKIndex:
         self, user: Tensor, intent_scores: Tensor | None, join: str, exclude: tuple[Tensor, Tensor] | None
     ) -> None:
         dim = self.table.shape[1]
+        if self._version_now() != self._versions:
+            raise ValueError("the table or item_intent was changed after the index was built: build a new TopKIndex")
         if join not in reference.JOINS:
             raise ValueError(f"unknown join {join!r}: expected {' or '.join(reference.JOINS)}")
         for name, x, shape in (
@@ -188,9 +198,9 @@ class TopKIndex:
         indptr, indices = exclude
         if (
             indptr.shape != (len(user) + 1,)
-            or indptr.is_floating_point()
+            or indptr.dtype not in INTEGERS
             or indices.dim() != 1
-            or indices.is_floating_point()
+            or indices.dtype not in INTEGERS
         ):
             raise ValueError(
                 f"exclude must be (indptr, indices), integers ({len(user) + 1},) and (n,), "
@@ -228,6 +238,8 @@ def joint_topk(
         >>> joint_topk(torch.ones(1, 1), table, torch.tensor([[-0.1, -4.0]]), torch.tensor([0, 1, 3]), k=2).items
         tensor([[0, 1]])
     """
+    if intent_indptr.dtype not in INTEGERS:
+        raise ValueError(f"intent_indptr must be integers (C + 1,), got {intent_indptr.dtype}")
     sizes = intent_indptr.diff()
     if intent_indptr.dim() != 1 or not len(sizes) or int(intent_indptr[0]) != 0 or bool((sizes < 0).any()):
         raise ValueError(f"intent_indptr must ascend from 0, (C + 1,), got shape {tuple(intent_indptr.shape)}")

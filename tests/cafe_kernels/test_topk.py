@@ -209,6 +209,8 @@ NAN, INF = float("nan"), float("inf")
         ({"join": "product"}, "unknown join 'product'"),
         ({"exclude": (torch.tensor([0, 2, 1]), torch.tensor([1]))}, "must ascend"),
         ({"exclude": (torch.tensor([0, 1, 1]), torch.tensor([9]))}, "must be items 0 to 8"),
+        ({"exclude": (torch.tensor([0, 1, 1]), torch.tensor([True]))}, r"integers \(3,\) and \(n,\), got .*torch.bool"),
+        ({"exclude": (torch.tensor([False, True, True]), torch.tensor([1]))}, "exclude must be .*got torch.bool"),
         ({"backend": "gpu"}, "unknown backend"),
     ],
 )
@@ -219,6 +221,79 @@ def test_wrong_input_is_explained(backend: str, change: dict[str, object], messa
         TopKIndex(p["table"], p["intent"], 3, backend=p["backend"]).search(
             p["user"], p["k"], p["scores"], join=p["join"], exclude=p["exclude"]
         )
+
+
+COUNTED_WRONG = [
+    ({"user": torch.full((2, 4), NAN)}, "user has numbers that are not finite"),
+    ({"scores": torch.full((2, 3), NAN)}, "intent_scores has numbers that are not finite"),
+    ({"exclude": (torch.tensor([0, 1, 1]), torch.tensor([9]))}, "must be items 0 to 8"),
+    ({"join": "product"}, "unknown join 'product'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), COUNTED_WRONG)
+def test_count_above_checks_its_input_too(change: dict[str, object], message: str) -> None:
+    p = {**problem(9, 4, 3, 2), "join": "identity", "exclude": None, **change}
+    index = TopKIndex(p["table"], p["intent"], 3)
+    with pytest.raises(ValueError, match=message):
+        index.count_above(p["user"], torch.tensor([0, 1]), p["scores"], join=p["join"], exclude=p["exclude"])
+
+
+def test_intents_borders_must_be_integers() -> None:
+    with pytest.raises(ValueError, match="intent_indptr must be integers .*got torch.float32"):
+        joint_topk(torch.ones(1, 2), torch.ones(3, 2), torch.ones(1, 1), torch.tensor([0.0, 3.0]), 1)
+
+
+def test_what_is_being_learned_can_be_searched() -> None:
+    p = problem(9, 4, 3, 2)
+    want = TopKIndex(p["table"], p["intent"], 3).search(p["user"], 3, p["scores"])
+    learned = {name: x.requires_grad_() for name, x in p.items() if name != "intent"}
+    index = TopKIndex(learned["table"], p["intent"], 3)
+    got = index.search(learned["user"], 3, learned["scores"])
+    assert torch.equal(want.items, got.items)
+    assert index.count_above(learned["user"], got.items[:, 0], learned["scores"]).tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_more_than_all_items_are_given(backend: str) -> None:
+    index = TopKIndex(torch.ones(3, 2), backend=backend)
+    assert index.search(torch.ones(1, 2), 10**10).items.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("searched", [True, False])
+@pytest.mark.parametrize("what", ["table", "intent"])
+def test_a_table_that_changed_is_noticed(backend: str, searched: bool, what: str) -> None:
+    p = problem(9, 4, 3, 2)
+    index = TopKIndex(p["table"], p["intent"], 3, backend=backend)
+    if searched:
+        index.search(p["user"], 1, p["scores"])
+    p[what].copy_(p[what].flip(0))
+    for call in (lambda: index.search(p["user"], 1), lambda: index.count_above(p["user"], torch.tensor([0, 1]))):
+        with pytest.raises(ValueError, match="was changed after the index was built: build a new TopKIndex"):
+            call()
+
+
+def test_an_index_made_in_inference_mode_can_be_searched() -> None:
+    with torch.inference_mode():
+        index = TopKIndex(torch.tensor([[1.0], [2.0]]))
+    assert index.search(torch.ones(1, 1), 1).items.tolist() == [[1]]
+
+
+def test_every_block_knows_the_errors_of_those_after_it() -> None:
+    """A segment of blocks is scanned with its first one's error. Here that is 0: the first 16 items are a multiple of the centroid's
+    axes that the codes give exactly, the others are not, and matter alone to the users."""
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        near = torch.randn(112, 64, generator=g)
+        near -= near.mean(0)
+        far = torch.zeros(16, 64)
+        axis = torch.arange(8)
+        far[axis, axis], far[axis + 8, axis] = 14.0, -14.0
+        user = torch.randn(20, 64, generator=g).sign()
+        user[:, :8] = 0
+        p = {"user": user, "table": torch.cat([far, near]), "intent": torch.zeros(128, dtype=torch.int64)}
+        assert_same({**p, "scores": torch.zeros(20, 1)}, 5, "identity")
 
 
 def test_answers_must_be_items() -> None:
