@@ -52,6 +52,7 @@ class Recommender:
     def __init__(self, model: Model, dataset: Dataset) -> None:
         self.model, self.dataset = model.eval(), dataset
         self._served = 0
+        self._indexed_model: list[tuple[int, int]] = []
 
     @classmethod
     def load(cls, run: str | Path, data: str | Path | None = None) -> "Recommender":
@@ -86,13 +87,13 @@ class Recommender:
         return [self.dataset.item_ids[int(item)] for item in self.dataset.sequences[number]]
 
     def recommend(self, histories: Seq[Seq[Any]], k: int = 10, batch_size: int = 256) -> list[Recommendation]:
-        """The k best unseen items for each history (item ids, oldest first).
+        """The k best unseen items for each history (item ids, oldest first), those of equal score in the catalog's order.
 
         Unknown ids are skipped with a warning; a history with none left gets popular items. Fewer than k items come back
         where the catalog has no more unseen ones.
 
         Raises:
-            ValueError: k is not positive; a text, or one history where a list of them was expected.
+            ValueError: k is not positive; a text, or one history where a list of them was expected; scores that are not finite.
         """
         if k < 1:
             raise ValueError(f"k={k}: expected at least 1")
@@ -127,7 +128,7 @@ class Recommender:
 
     @torch.inference_mode()
     def _batch(self, histories: list[np.ndarray], k: int) -> list[Recommendation]:
-        best, items = (x.repeat(len(histories), 1) for x in self._counts.topk(k))
+        best, items = (x.repeat(len(histories), 1) for x in _best(self._counts[None], k))
         intents: dict[int, Tensor] = {}
         read = [row for row, history in enumerate(histories) if len(history)]
         if read:
@@ -164,6 +165,10 @@ class Recommender:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Scores and items of the k best by the index, and the intents' logits."""
         assert isinstance(self.model, SASRec)
+        now = [(id(x), x._version) for x in (*self.model.parameters(), *self.model.buffers()) if not x.is_inference()]
+        if now != self._indexed_model:  # it was trained on, or replaced
+            vars(self).pop("_index", None)
+            self._indexed_model = now
         state, intent_state = self.model.states(history, cu_seqlens)
         intent = None if intent_state is None else self.model.intent_logits(intent_state)
         scores, join = self.model.joint_terms(intent)
@@ -180,7 +185,19 @@ class Recommender:
             scores = self.model.join(scores, intent[:, self.model.item_intent])
         for row, items in enumerate(seen):
             scores[row, items] = -torch.inf
-        return *scores.topk(k), intent
+        return *_best(scores, k), intent
+
+
+def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each row and where they are, equal ones in order of place: as TopKIndex has it."""
+    best = scores.topk(k).values
+    if not bool((best < torch.inf).all()):
+        raise ValueError("the model's scores are not finite: cannot rank by them; was its training finished?")
+    places = []
+    for row, least in zip(scores, best[:, -1], strict=True):
+        enough = (row >= least).nonzero()[:, 0]
+        places.append(enough[row[enough].sort(descending=True, stable=True).indices[:k]])
+    return best, torch.stack(places)
 
 
 def _as_type(value: Any, ids: pl.Series) -> Any:

@@ -26,4 +26,4 @@ class PopRec(Model):
     ) -> Scores:
         if candidates is not None:
             return Scores(self.counts[candidates], None)
-        return Scores(self.counts.expand(len(cu_seqlens) - 1, -1), None)
+        return Scores(self.counts.repeat(len(cu_seqlens) - 1, 1), None)  # a copy: callers write into scores

@@ -9,7 +9,7 @@ import torch
 from cafe.config import Config
 from cafe.evaluate import evaluate
 from cafe.models import build
-from cafe.recommend import INDEX_AFTER, Recommender
+from cafe.recommend import INDEX_AFTER, Recommender, _best
 
 CHOICES = [
     ("sasrec", {}),
@@ -61,3 +61,89 @@ def test_recommendations_for_many_are_those_for_few(dataset, model, choice):
             assert a.top_intents == b.top_intents
             assert a.popular == b.popular
             np.testing.assert_allclose(a.scores, b.scores, rtol=1e-5, atol=2e-5)
+
+
+def equal_items(dataset, scale=1.0):
+    """A model for which many items, some within and some beyond the k best, score the same in the last bit."""
+    net = model_of(dataset, "sasrec", {})
+    with torch.no_grad():
+        net.item_embedding.copy_(net.item_embedding[torch.arange(len(net.item_embedding)) % 7] * scale)
+    return net
+
+
+def test_equal_scores_are_in_order_of_item_however_many_were_served(dataset):
+    recommender = Recommender(equal_items(dataset), dataset)
+    histories = [[item] for item in dataset.item_ids[:30].to_list()]
+    few = [recommender.recommend([history], k=12)[0] for history in histories]
+    assert "_index" not in vars(recommender)
+    many = recommender.recommend(histories * 3, k=12)[:30]
+    assert "_index" in vars(recommender)
+    number = {item: i for i, item in enumerate(dataset.item_ids.to_list())}
+    for a, b, history in zip(few, many, histories, strict=True):
+        assert a.items == b.items
+        places = [number[item] for item in a.items]
+        same = [i for i in range(dataset.num_items) if i % 7 == places[0] % 7 and i != number[history[0]]]
+        assert places[: len(same)] == same
+
+
+@pytest.mark.parametrize("k", [1, 5, 40, 50])
+def test_best_is_a_stable_sort(k):
+    g = torch.Generator().manual_seed(0)
+    scores = torch.randint(-2, 3, (20, 50), generator=g).float()
+    scores[0], scores[1, 3:] = -torch.inf, -torch.inf
+    want = scores.sort(dim=1, descending=True, stable=True)
+    best, places = _best(scores, k)
+    assert torch.equal(best, want.values[:, :k])
+    assert torch.equal(places, want.indices[:, :k])
+
+
+def test_popular_items_of_equal_count_are_in_order(dataset):
+    counts = np.bincount(dataset.sequences.items, minlength=dataset.num_items)
+    want = [dataset.item_ids[int(i)] for i in np.argsort(-counts, kind="stable")]
+    net = build(Config.make("poprec", "paper"), dataset)
+    recommender = Recommender(net, dataset)
+    assert len(np.unique(counts)) < len(counts)
+    assert recommender.recommend([[]], k=60)[0].items == want
+    before = net.counts.clone()
+    assert want[0] not in recommender.recommend([want[:1]], k=3)[0].items
+    assert torch.equal(net.counts, before)  # what one user has had is not taken from the next
+    order = [dataset.item_ids[int(i)] for i in np.argsort(-before.numpy(), kind="stable")]
+    assert recommender.recommend([order[:1]], k=59)[0].items == order[1:]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("users", [1, INDEX_AFTER])
+def test_scores_that_are_not_finite_are_refused(dataset, users, bad):
+    net = model_of(dataset, "cafe", {"join": "sum"})
+    with torch.no_grad():
+        net.item_embedding[5] = bad
+    with pytest.raises(ValueError, match="not finite.*cannot rank by"):
+        Recommender(net, dataset).recommend([["i1"]] * users, k=3)
+
+
+@pytest.mark.parametrize("change", ["in place", "replaced", "another model"])
+def test_a_model_that_changed_is_indexed_again(dataset, change):
+    net, other = (model_of(dataset, "sasrec", {}) for _ in range(2))
+    with torch.no_grad():
+        other.item_embedding.copy_(other.item_embedding.flip(0))
+    histories = [["i1", "i2"], ["i7"]] * (INDEX_AFTER // 2)
+    recommender = Recommender(net, dataset)
+    before = recommender.recommend(histories, k=5)
+    if change == "in place":
+        net.load_state_dict(other.state_dict())
+    elif change == "replaced":
+        net.item_embedding = other.item_embedding
+    else:
+        recommender.model = other
+    want = Recommender(other, dataset).recommend(histories, k=5)
+    assert [x.items for x in recommender.recommend(histories, k=5)] == [x.items for x in want]
+    assert [x.items for x in before] != [x.items for x in want]
+
+
+@pytest.mark.parametrize("users", [1, INDEX_AFTER])
+def test_all_that_was_had_is_left_out_though_the_model_reads_the_newest(dataset, users):
+    net = model_of(dataset, "cafe", {})
+    history = dataset.item_ids[:40].to_list()
+    assert net.config.max_len < 40
+    answer = Recommender(net, dataset).recommend([history] * users, k=60)[-1]
+    assert sorted(answer.items) == sorted(dataset.item_ids[40:].to_list())
