@@ -22,6 +22,9 @@ __all__ = ["RowSparseAdam"]
 
 MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton_rows"}
 ON_DEVICE = ("exp_avg", "exp_avg_sq", "last_step", "history")  # of the state; the rest are numbers, kept on the CPU
+STATE = {"lazy": {"step", "exp_avg", "exp_avg_sq"}}
+STATE["exact"] = STATE["lazy"] | {"last_step", "history", "flushed_step", "block_step", "constants"}
+SMALLEST_EPS = 1e-30  # sqrt(1 - beta2^t) times less could be 0 in float32
 
 
 def backend_module(name: str) -> ModuleType:
@@ -41,7 +44,7 @@ class RowSparseAdam(torch.optim.Optimizer):
         weight_decay: decoupled, as torch.optim.AdamW.
         mode: "lazy" is torch.optim.SparseAdam: moments and weights of a row move only when it has a gradient, and so does its
             weight decay. "exact" is torch.optim.Adam (AdamW) on the whole table: a row with a gradient first makes up, at once, for
-            all steps that it was left out of. Tables are up to date after `flush`.
+            all steps that it was left out of. Tables are up to date after `flush`. A table keeps the mode of its first step.
         moments_dtype: of exp_avg and exp_avg_sq; default float32 (float64 for float64 tables). bfloat16 halves them.
         seed: of the stochastic rounding of bfloat16 tables and moments (Philox; the same numbers on every backend and for any number
             of threads). None rounds to nearest, which loses updates smaller than 1/256 of what they change.
@@ -53,7 +56,7 @@ class RowSparseAdam(torch.optim.Optimizer):
     too, and continues bit for bit.
 
     State of a table: exp_avg and exp_avg_sq (V, d), step; in the exact mode also last_step (V) int32, and a history of 64 bytes a
-    step since the last flush. All are tensors. As in torch, load_state_dict shares the tensors it is given.
+    step since the last flush. All are tensors. As in torch, load_state_dict shares the tensors it is given, but for the counters.
 
     Errors: from torch's optimizers in float64, float32's rounding: some 2e-6 of a weight after 1,000 steps, less than torch's own in
     float32. In the norm of what a table moved in 1,000 steps of lr 1e-4 (weights of size 0.1): 3e-6 in float32; 0.008 with bfloat16
@@ -61,7 +64,7 @@ class RowSparseAdam(torch.optim.Optimizer):
     Gradients that are not finite spoil their elements, as in torch.optim, and no other.
 
     Raises:
-        ValueError: options out of range; a table or gradient that is not as above.
+        ValueError: options out of range; a table or gradient that is not as above; a state of another mode or optimizer.
 
     Dense parameters belong to torch.optim.AdamW, beside this one:
 
@@ -95,6 +98,10 @@ class RowSparseAdam(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "mode": mode, "seed": seed}
         super().__init__(params, defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle: torch's keeps the state and the groups alone."""
+        return {**super().__getstate__(), "moments_dtype": self.moments_dtype, "backend": self.backend}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim.Optimizer's, with checks."""
         super().add_param_group(param_group)
@@ -116,6 +123,7 @@ class RowSparseAdam(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             _check_group(group)
+            self._check_mode(group)
             gradients = [(table, *_rows_and_values(table)) for table in group["params"] if table.grad is not None]
             for table, rows, values in gradients:
                 self._update(table, group, rows, values)
@@ -126,6 +134,9 @@ class RowSparseAdam(torch.optim.Optimizer):
         """Brings `rows` (integers of any shape, repeats allowed) of `table` up to date: what a forward pass is about to read."""
         for group in self.param_groups:
             if any(table is p for p in group["params"]):
+                self._check_mode(group)
+                if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+                    raise ValueError(f"catch_up takes the numbers of rows, integers, got {rows.dtype}")
                 if group["mode"] == "exact" and self.state[table]:
                     self._update(table, group, rows.detach().reshape(-1).long(), None)
                 return
@@ -136,6 +147,7 @@ class RowSparseAdam(torch.optim.Optimizer):
         """Brings every row of every table up to date, and shortens the history. Costs a pass over the tables in the exact mode, and
         nothing in the lazy one."""
         for group in self.param_groups:
+            self._check_mode(group)
             for table in group["params"]:
                 state = self.state[table]
                 if group["mode"] != "exact" or not state or int(state["step"]) == int(state["flushed_step"]):
@@ -186,8 +198,31 @@ class RowSparseAdam(torch.optim.Optimizer):
             state["constants"] = torch.tensor([*group["betas"], group["eps"]], dtype=torch.float64)
         return state
 
+    def _check_mode(self, group: dict[str, Any]) -> None:
+        for table in group["params"]:
+            if (state := self.state.get(table)) and state.keys() != STATE[group["mode"]]:
+                raise ValueError(
+                    f"mode was changed to {group['mode']!r}, but a table keeps the mode of its first step: make a new optimizer"
+                )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer's, which would cast the whole state to the tables' dtype."""
+        """As torch.optim.Optimizer's, which would cast the whole state to the tables' dtype.
+
+        Raises:
+            ValueError: a state of another optimizer or mode, or of tables of other shapes.
+        """
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):  # torch compares their number
+            if not {"mode", "seed"} <= saved.keys():
+                raise ValueError(f"the state is of another optimizer than RowSparseAdam: its groups have {', '.join(saved)}")
+            if saved["mode"] != group["mode"]:
+                raise ValueError(f"the state is of mode {saved['mode']!r}, this optimizer's is {group['mode']!r}")
+            for index, table in zip(saved["params"], group["params"], strict=False):
+                state = state_dict["state"].get(index)
+                if state and (state.keys() != STATE[saved["mode"]] or state["exp_avg"].shape != table.shape):
+                    raise ValueError(
+                        f"the state of table {index} is not one of RowSparseAdam for a {tuple(table.shape)} table: it has "
+                        + ", ".join(f"{name} {tuple(getattr(x, 'shape', ()))}" for name, x in state.items())
+                    )
         super().load_state_dict({**state_dict, "state": {}})
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         tables = [table for group in self.param_groups for table in group["params"]]
@@ -205,8 +240,8 @@ def _check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"lr must be finite and at least 0, got {lr}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
-    if not (math.isfinite(eps) and eps > 0):
-        raise ValueError(f"eps must be finite and positive, got {eps}")
+    if not (math.isfinite(eps) and eps >= SMALLEST_EPS):
+        raise ValueError(f"eps must be finite and at least {SMALLEST_EPS:g}, got {eps}")
     if not (decay >= 0 and lr * decay < 1):
         raise ValueError(f"weight_decay must be at least 0, and lr * weight_decay below 1, got {decay} with lr {lr}")
     if group["mode"] not in ("lazy", "exact"):

@@ -6,6 +6,7 @@ n = 1,000, lr = 1e-2 and weights of size 1 that is 2e-6 of a weight. dense Adam 
 
 import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -114,6 +115,20 @@ def test_exact_equals_adam_after_1000_steps(case):
     torch.testing.assert_close(mine, peer, rtol=RELATIVE, atol=RELATIVE * 0.1)
     moved, rounding = (peer - start).norm(), 2.0**-24 * peer.norm()
     assert (mine - peer).norm() < RELATIVE * moved + 20 * rounding
+
+
+def test_a_row_left_out_for_longer_than_the_table_of_powers(isa):
+    """Rows 1,500 steps behind: their second moment has decayed by 0.999^1500 = 0.22, which the next step's size shows."""
+    peer, mine = table(3, 20, torch.float64), table(3, 20, torch.float32)
+    theirs, ours = torch.optim.Adam([peer], lr=1e-2), RowSparseAdam([mine], lr=1e-2, mode="exact")
+    g = torch.Generator().manual_seed(0)
+    for t in range(1501):
+        rows = torch.arange(3) if t % 1500 == 0 else torch.tensor([0])
+        values = torch.randn(len(rows), 20, generator=g, dtype=torch.float64)
+        peer.grad = torch.zeros_like(peer).index_add_(0, rows, values)
+        mine.grad = sparse(rows, values, mine)
+        theirs.step(), ours.step()
+    torch.testing.assert_close(mine.double(), peer, rtol=RELATIVE, atol=RELATIVE * 0.1)
 
 
 def test_exact_is_nearer_to_adam_than_float32_adam_itself():
@@ -295,7 +310,7 @@ def test_state_dict_goes_on_bit_for_bit(mode, dtype, tmp_path):
 
     again, state = torch.load(tmp_path / "state.pt")
     assert all(isinstance(x, torch.Tensor) and x.is_contiguous() for x in state["state"][0].values())
-    resumed = RowSparseAdam([again], **{**options, "mode": "lazy"})  # what is saved counts
+    resumed = RowSparseAdam([again], **{**options, "weight_decay": 0.7})  # what is saved counts
     resumed.load_state_dict(state)
     train(resumed, again, steps[300:], 700, start=300)
     resumed.flush()
@@ -315,6 +330,38 @@ def test_copies_are_independent():
         train(o, y, gradients(9, 4, 20, seed=5), 20)
         o.flush()
     assert torch.equal(w, twin_w)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_the_optimizer_itself_can_be_copied(copied):
+    """With its table, as a checkpoint by pickle or a snapshot in memory takes both."""
+    w = table(9, 4, torch.float32)
+    optimizer = RowSparseAdam([w], mode="exact", moments_dtype=torch.bfloat16, backend="reference")
+    train(optimizer, w, gradients(9, 4, 20), 20)
+    twin_w, twin = copied((w, optimizer))
+    assert (twin.moments_dtype, twin.backend) == (torch.bfloat16, "reference")
+    late_w = table(5, 4, torch.float32)  # gets its moments after the copy
+    twin.add_param_group({"params": [late_w]})
+    late_w.grad = sparse(torch.tensor([1]), torch.ones(1, 4), late_w)
+    for o, y in ((optimizer, w), (twin, twin_w)):
+        train(o, y, gradients(9, 4, 20, seed=5), 20)
+        o.flush()
+    assert torch.equal(w, twin_w)
+    assert twin.state[late_w]["exp_avg"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("mode", ["lazy", "exact"])
+def test_two_that_load_one_state_count_alone(mode):
+    """load_state_dict shares the large tensors, as torch does, but not the counters, which step() changes in place."""
+    w = table(9, 4, torch.float32)
+    optimizer = RowSparseAdam([w], mode=mode)
+    train(optimizer, w, gradients(9, 4, 5), 20)
+    saved = optimizer.state_dict()
+    twin = RowSparseAdam([x := copy.deepcopy(w)], mode=mode)
+    twin.load_state_dict(saved)
+    train(twin, x, gradients(9, 4, 3, seed=2), 20)
+    assert int(twin.state[x]["step"]) == 8
+    assert int(optimizer.state[w]["step"]) == int(saved["state"][0]["step"]) == 5
 
 
 def test_flush_shortens_the_history_and_changes_no_result():
@@ -452,7 +499,8 @@ def test_bfloat16_equals_the_reference(mode, moments, isa):
         ({"lr": -1.0}, "lr must be finite and at least 0, got -1.0"),
         ({"lr": math.nan}, "lr must be finite"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
-        ({"eps": 0.0}, "eps must be finite and positive, got 0.0"),
+        ({"eps": 0.0}, "eps must be finite and at least 1e-30, got 0.0"),
+        ({"eps": 1e-45}, "eps must be finite and at least 1e-30, got 1e-45"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
         ({"weight_decay": 2.0, "lr": 0.5}, "lr \\* weight_decay below 1"),
         ({"mode": "dense"}, "mode must be 'lazy' or 'exact', got 'dense'"),
@@ -499,6 +547,63 @@ def test_refuses_gradients():
         optimizer.step()
     with pytest.raises(ValueError, match="not a table of this optimizer"):
         optimizer.catch_up(torch.zeros(2, 2), torch.tensor([0]))
+    for rows in (torch.tensor([True, False]), torch.tensor([1.0])):
+        with pytest.raises(ValueError, match="catch_up takes the numbers of rows, integers, got torch"):
+            optimizer.catch_up(w, rows)
+
+
+@pytest.mark.parametrize(("before", "after"), [("lazy", "exact"), ("exact", "lazy")])
+def test_refuses_another_mode_for_a_table_that_has_begun(before, after):
+    w = table(4, 2, torch.float32)
+    optimizer = RowSparseAdam([w], mode=after)
+    optimizer.param_groups[0]["mode"] = before  # not begun: it may
+    w.grad = sparse(torch.tensor([1]), torch.ones(1, 2), w)
+    optimizer.step()
+    saved, value = optimizer.state_dict(), w.detach().clone()
+    optimizer.param_groups[0]["mode"] = after
+    for call in (optimizer.step, optimizer.flush, lambda: optimizer.catch_up(w, torch.tensor([1]))):
+        with pytest.raises(ValueError, match=f"mode was changed to '{after}', but a table keeps the mode of its first step"):
+            call()
+    assert torch.equal(w, value)
+    with pytest.raises(ValueError, match=f"the state is of mode '{before}', this optimizer's is '{after}'"):
+        RowSparseAdam([w], mode=after).load_state_dict({**saved, "param_groups": [{**saved["param_groups"][0], "mode": before}]})
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SparseAdam, torch.optim.Adam, torch.optim.SGD])
+def test_refuses_the_state_of_another_optimizer(kind):
+    w = table(4, 2, torch.float32)
+    theirs = kind([w], lr=0.1)
+    w.grad = sparse(torch.tensor([1]), torch.ones(1, 2), w)
+    if kind is torch.optim.Adam:
+        w.grad = w.grad.to_dense()
+    theirs.step()
+    ours = RowSparseAdam([w])
+    with pytest.raises(ValueError, match="of another optimizer than RowSparseAdam: its groups have .*lr"):
+        ours.load_state_dict(theirs.state_dict())
+
+
+def test_refuses_a_state_that_is_of_another_table_or_lacks_a_part():
+    w, x = table(4, 2, torch.float32), table(5, 2, torch.float32)
+    optimizer = RowSparseAdam([w], mode="exact")
+    w.grad = sparse(torch.tensor([1]), torch.ones(1, 2), w)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"not one of RowSparseAdam for a \(5, 2\) table: it has .*exp_avg \(4, 2\)"):
+        RowSparseAdam([x], mode="exact").load_state_dict(optimizer.state_dict())
+    saved = optimizer.state_dict()
+    del saved["state"][0]["history"]
+    with pytest.raises(ValueError, match="the state of table 0 is not one of RowSparseAdam"):
+        RowSparseAdam([w], mode="exact").load_state_dict(saved)
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", math.nan), ("weight_decay", -1.0), ("eps", 0.0)])
+def test_refuses_options_that_a_schedule_made_bad(name, value):
+    w = table(4, 2, torch.float32)
+    optimizer, before = RowSparseAdam([w]), w.detach().clone()
+    optimizer.param_groups[0][name] = value
+    w.grad = sparse(torch.tensor([1]), torch.ones(1, 2), w)
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        optimizer.step()
+    assert torch.equal(w, before)
 
 
 def test_refuses_other_betas_between_flushes():
@@ -513,6 +618,10 @@ def test_refuses_other_betas_between_flushes():
     optimizer.flush()
     optimizer.param_groups[0]["betas"] = (0.8, 0.99)
     optimizer.step()
+    optimizer.step()  # the new ones count from here on
+    optimizer.param_groups[0]["betas"] = (0.9, 0.999)
+    with pytest.raises(ValueError, match=r"went from \(0.8, 0.99, 1e-08\) to \(0.9, 0.999"):
+        optimizer.step()
 
 
 def test_bumps_the_version():
