@@ -131,7 +131,7 @@ def sampled_softmax(
     Args:
         log_q: (of the positives (T,), of the negatives (as `negatives`)): the logarithm of how often an item is expected among
             the K draws, log(K q). It is taken from the logits, so that the loss estimates the softmax over the whole catalog.
-            None leaves them.
+            None leaves them. They are numbers, not learned: a tensor that requires a gradient is refused.
         The others are as in `sampled_bce`.
 
     Source: Bengio & Senecal, "Adaptive Importance Sampling to Accelerate Training of a Neural Probabilistic Language Model", 2008.
@@ -178,6 +178,11 @@ def _loss(
         raise ValueError(
             f"negatives have {rows[0]} rows for {tokens} tokens: give (T, K), (K,), or `sequence` with (B, K)"
         )
+    for name, pair in (("compose", compose), ("log_q", log_q)):
+        if pair is not None and (len(pair) != 2 or not all(isinstance(x, Tensor) for x in pair)):
+            raise ValueError(f"{name} must be two tensors or None, got {', '.join(type(x).__name__ for x in pair)}")
+    if log_q is not None and any(x.requires_grad for x in log_q):
+        raise ValueError("log_q requires a gradient, and the losses have none for it: detach() it")
     intents, item_intent = compose or (None, None)
     positive_log_q, negative_log_q = log_q or (None, None)
     ignored = rows[0] if rows else tokens if sequence is None or ignore is None or ignore.dim() != 2 else len(ignore)
