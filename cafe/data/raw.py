@@ -1,8 +1,8 @@
 """The raw files of published data sets: FORMATS is the list, docs/data.md tells what each holds and what the paper leaves open.
 
 - amazon: reviews of the Amazon data sets of 2014 and 2018, one JSON object a line; their metadata likewise, which in 2014 are
-  Python literals. The intent is the category: the item's (first) path, cut at `intent_level` (1: the root; -1: the whole path; -2: all but
-  the finest category; a shorter path stays whole).
+  Python literals. The intent is the category: the item's (first) path, cut at `intent_level` (1: the root; -1: the whole
+  path; -2: all but the finest category; a shorter path stays whole).
 - tmall, ijcai16: the logs of the contests IJCAI-15 and IJCAI-16, CSV of whole numbers; the intent is the seller.
 - recbole: RecBole's atomic files, tab-separated, with a header of name:type. A sequence (token_seq) is taken for a path.
 """
@@ -28,7 +28,7 @@ LINES = 50_000  # parsed at a time
 
 
 def scan_json(file: Path, wanted: Collection[str], options: Options) -> pl.LazyFrame:
-    """One object a line, all columns as text; a line that is no object has no values.
+    """One object a line, all columns as text, `category` also from `categories`; a line that is no object has no values.
 
     polars reads strict JSON and refuses anything else; then each line is parsed by itself.
     """
@@ -37,12 +37,8 @@ def scan_json(file: Path, wanted: Collection[str], options: Options) -> pl.LazyF
     if not rows:
         raise ValueError(f"{file}: cannot be read as JSON lines (none of its first 1,000 lines is an object)")
     present = dict.fromkeys(key for row in rows for key in row)
-    if CATEGORY in wanted and CATEGORY not in present and CATEGORIES in present:
-        present[CATEGORY] = None
-        keys = {name: CATEGORIES if name == CATEGORY else name for name in wanted}
-    else:
-        keys = {name: name for name in wanted}
-    if missing := [name for name in wanted if name not in present]:
+    keys = {name: CATEGORIES if name == CATEGORY and name not in present else name for name in wanted}
+    if missing := [name for name, key in keys.items() if key not in present]:
         raise ValueError(f"{file}: no column {missing[0]!r}; its columns are {', '.join(present)}")
     schema = {key: JSON_TYPES.get(key, pl.String()) for key in keys.values()}
     columns = [_json_column(key, options).alias(name) for name, key in keys.items()]
@@ -57,9 +53,8 @@ def _json_column(key: str, options: Options) -> pl.Expr:
     if key not in JSON_TYPES:
         return pl.col(key)
     path = pl.col(key).list.first() if key == CATEGORIES else pl.col(key)
-    markup = (
-        pl.element().str.starts_with("<").cast(pl.Int8).cum_max()
-    )  # in some files the path goes on with the page's markup
+    # In some files of 2018 the path goes on with markup of the page and what stood behind it.
+    markup = pl.element().str.starts_with("<").cast(pl.Int8).cum_max()
     return _intent(path.list.eval(pl.element().filter(markup == 0)), options)
 
 
@@ -88,10 +83,11 @@ def _value(key: str, value: Any) -> Any:
     """The value as polars reads it: text as it is, anything else as JSON; a path as a list."""
     if key not in JSON_TYPES:
         return value if value is None or isinstance(value, str) else json.dumps(value)
-    paths = value if isinstance(value, list) else []
-    if key == CATEGORY:
-        return [str(name) for name in paths]
-    return [[str(name) for name in path] for path in (paths if paths and isinstance(paths[0], list) else [paths])]
+    path = value if isinstance(value, list) else []
+    if path and isinstance(path[0], list):
+        path = path[0]
+    path = [str(name) for name in path]
+    return path if key == CATEGORY else [path]
 
 
 def _intent(path: pl.Expr, options: Options) -> pl.Expr:
@@ -106,7 +102,7 @@ def scan_delimited(file: Path, separator: str) -> pl.LazyFrame:
     lines = pl.scan_csv(  # as one column: a row with too many fields would pass unnoticed otherwise
         file, separator="\0", quote_char=None, infer_schema=False, has_header=False, new_columns=["line"], glob=False
     ).filter(pl.col("line").str.len_bytes() > 0)
-    header = lines.head(1).collect().item().rstrip("\r").split(separator)
+    header = "".join(lines.head(1).collect()["line"]).rstrip("\r").split(separator)
     fields = pl.col("line").str.strip_chars_end("\r").str.split_exact(separator, len(header)).alias("fields")
     names = [*header, TOO_MANY]
     if twice := [name for name in header if header.count(name) > 1]:
