@@ -36,7 +36,7 @@ table2: .venv/installed
 	@test -f "$(DATA)/meta.json" || { echo 'make table2 DATA=<folder that cafe prepare wrote>'; exit 1; }
 	for model in $(MODELS); do \
 	  run="$(RUNS)/$$model-$(PRESET)"; \
-	  if [ -f "$$run/last.safetensors" ]; then $(BIN)/cafe train --resume --out "$$run" || exit 1; \
+	  if [ -f "$$run/config.json" ]; then $(BIN)/cafe train --resume --data "$(DATA)" --out "$$run" || exit 1; \
 	  else $(BIN)/cafe train --data "$(DATA)" --model $$model --preset $(PRESET) --out "$$run" $(TRAIN) || exit 1; fi; \
 	done
 	$(BIN)/cafe compare $(MODELS:%="$(RUNS)/%-$(PRESET)") --protocol aligned --protocol full --protocol authors \
