@@ -192,7 +192,7 @@ def test_tmall(tmp_path, name):
 
 def test_only_actions_asked_for_count_and_name_the_seller(tmp_path):
     path = write(
-        tmp_path, "log.csv", TMALL + "234512,844400,1,5,,1101,2\n234512,844400,1,5,,1101,1\nx,1,1,1,1,0101,1\n"
+        tmp_path, "log.csv", TMALL + "234512,844400,1,5,,1101,2\n234512,844400,1,2882,,1101,1\nx,1,1,1,1,0101,1\n"
     )
     with pytest.warns(UserWarning, match="1 item listed with several"):
         made = prepare(path, format="tmall", keep={"action_type": ["2"]})
