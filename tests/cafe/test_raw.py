@@ -241,10 +241,12 @@ def test_ijcai16(tmp_path):
     assert intents(made) == {100: 1, 101: 1}
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("end", ["", ".gz"])
-def test_recbole(tmp_path, end):
+def test_recbole(tmp_path, end, newline):
     """Quotes are characters; 8.5 and 1e9 are times; an id that is a number is one."""
-    files = write(tmp_path, f"d.inter{end}", INTER), write(tmp_path, f"d.item{end}", ITEM)
+    inter, item = (text.replace("\n", newline) for text in (INTER, ITEM))
+    files = write(tmp_path, f"d.inter{end}", inter), write(tmp_path, f"d.item{end}", item)
     made = prepare(*files, format="recbole")
     assert histories(made) == {7: ["a", "b"], 10: ["b"]}
     assert intents(made) == {"a": "Beauty > Hair > Combs", "b": "Grocery"}
