@@ -102,8 +102,8 @@ def scan_delimited(file: Path, separator: str) -> pl.LazyFrame:
     lines = pl.scan_csv(  # as one column: a row with too many fields would pass unnoticed otherwise
         file, separator="\0", quote_char=None, infer_schema=False, has_header=False, new_columns=["line"], glob=False
     ).filter(pl.col("line").str.len_bytes() > 0)
-    header = "".join(lines.head(1).collect()["line"]).rstrip("\r").split(separator)
-    fields = pl.col("line").str.strip_chars_end("\r").str.split_exact(separator, len(header)).alias("fields")
+    header = "".join(lines.head(1).collect()["line"]).split(separator)
+    fields = pl.col("line").str.split_exact(separator, len(header)).alias("fields")
     names = [*header, TOO_MANY]
     if twice := [name for name in header if header.count(name) > 1]:
         raise ValueError(f"{file}: column {twice[0]!r} is there more than once: rename or remove one")
