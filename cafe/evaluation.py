@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import io
 import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,7 @@ from cafe.data.folders import write_atomically
 from cafe.metrics import METRICS, Floats, bootstrap_means, expected_metric, interval
 
 FORMAT = "cafe-evaluation"
-VERSION = 1
+VERSION = 2  # 1 is the same without the checksum
 SAME = (
     "dataset",
     "split",
@@ -134,13 +133,14 @@ class Evaluation:
         return np.stack([self.values(metric, score) for metric in METRICS], axis=1)
 
     def save(self, path: str | Path) -> None:
-        """Writes one .npz file (no pickles); what was at `path` is replaced only once the new file is complete."""
+        """Writes one .npz file (no pickles) with a checksum; what was at `path` is replaced only once the new file is complete."""
         meta = {"format": FORMAT, "version": VERSION} | {
             name: value for name, value in asdict(self).items() if isinstance(value, str | int | None)
         }
         arrays = {"users": self.users, "history_length": self.history_length, "train_frequency": self.train_frequency}
         for score in self.greater:
             arrays |= {f"greater/{score}": self.greater[score], f"equal/{score}": self.equal[score]}
+        meta["checksum"] = _checksum(meta, arrays)
         file = io.BytesIO()
         np.savez_compressed(file, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
         write_atomically({Path(path): [file.getbuffer()]})
@@ -150,20 +150,34 @@ class Evaluation:
         """Reads what `save` wrote.
 
         Raises:
-            FileNotFoundError: no such file.
+            OSError: it cannot be read; FileNotFoundError: no such file.
             ValueError: not such a file, a damaged one, or one of another version.
         """
+        content = Path(path).read_bytes()
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 arrays: dict[str, Any] = dict(file)
             meta: dict[str, Any] = json.loads(str(arrays.pop("meta")))
-            if (found := (meta.pop("format"), meta.pop("version"))) != (FORMAT, VERSION):
+            found = meta["format"], meta["version"]
+            if found not in ((FORMAT, 1), (FORMAT, VERSION)):
                 raise ValueError(f"its format is {found[0]} {found[1]}, this release reads {FORMAT} {VERSION}")
+            if found[1] == VERSION and meta.pop("checksum") != _checksum(meta, arrays):
+                raise ValueError("it is damaged or was altered (its checksum differs)")
+            del meta["format"], meta["version"]
             for kind in ("greater", "equal"):
                 meta[kind] = {name[len(kind) + 1 :]: arrays[name] for name in arrays if name.startswith(f"{kind}/")}
             return cls(**meta, **{name: array for name, array in arrays.items() if "/" not in name})
-        except (ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
+        except Exception as error:  # numpy and zipfile raise of many kinds for one flipped bit
             raise ValueError(f"cannot read {path} as a saved evaluation: {error}") from None
+
+
+def _checksum(meta: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> str:
+    """BLAKE2b (128 bits) of all that a file holds, names included, which the sums that zip keeps leave out."""
+    digest = blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16)
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
 
 
 def compare(

@@ -457,11 +457,38 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, evaluations):
         np.savez(bad, **arrays)
         with pytest.raises(ValueError, match="cannot read"):
             Evaluation.load(bad)
+    rng = np.random.default_rng(0)
+    for place in rng.choice(len(content) * 8, 800, replace=False).tolist():  # any one bit
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        bad.write_bytes(flipped)
+        try:
+            assert Evaluation.load(bad).summary(2) == evaluations[0].summary(2)  # some bits of a zip mean nothing
+        except ValueError as error:
+            assert "bad.npz as a saved evaluation" in str(error)
     np.save(tmp_path / "plain.npy", np.zeros(3))
     with pytest.raises(ValueError, match="cannot read"):
         Evaluation.load(tmp_path / "plain.npy")
     with pytest.raises(FileNotFoundError):
         Evaluation.load(tmp_path / "none.npz")
+
+
+def test_what_was_altered_is_refused_and_what_had_no_checksum_yet_is_read(tmp_path, evaluations):
+    path = tmp_path / "test.npz"
+    evaluations[0].save(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    meta = json.loads(str(arrays["meta"]))
+    moved = {name.replace("greater/", "greater/x"): array for name, array in arrays.items()}
+    other = {**arrays, "meta": np.array(json.dumps({**meta, "seed": meta["seed"] + 1}))}
+    unsummed = {**arrays, "meta": np.array(json.dumps({k: v for k, v in meta.items() if k != "checksum"}))}
+    for altered in (moved, other, unsummed, {**arrays, "equal/item": arrays["equal/item"] + 1}):
+        np.savez(path, **altered)
+        with pytest.raises(ValueError, match=r"cannot read .*test\.npz as a saved evaluation: .*checksum"):
+            Evaluation.load(path)
+    former = {k: v for k, v in meta.items() if k != "checksum"} | {"version": 1}
+    np.savez(path, **{**arrays, "meta": np.array(json.dumps(former))})
+    assert Evaluation.load(path).summary(20) == evaluations[0].summary(20)
 
 
 def test_compare_finds_a_difference_and_none_where_there_is_none(dataset):

@@ -1,6 +1,7 @@
 """Training end to end on a tiny shop: it learns, resumes bit for bit, refuses what it cannot use."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 
+from cafe.batches import Batches
 from cafe.checkpoint import load_checkpoint, save_checkpoint
 from cafe.config import Config
 from cafe.data.dataset import Sequences
 from cafe.data.folders import seal
 from cafe.evaluate import evaluate
+from cafe.models import build
 from cafe.recommend import Recommender
-from cafe.train import Interrupted, Optimizers, fit, load_run, make_optimizers
+from cafe.train import Interrupted, Optimizers, fit, load_run, make_optimizers, train_step
 
 TINY = {"dim": 16, "max_len": 8, "batch_size": 16, "epochs": 3}
 
@@ -140,6 +143,22 @@ def test_a_loss_that_is_not_finite_stops(dataset, tmp_path):
     with pytest.raises(ValueError, match="the loss became"):
         fit(Config.make("sasrec", **TINY, lr=1e30), dataset, tmp_path / "run")
     assert threading.active_count() < 20
+
+
+def test_a_step_with_a_bad_loss_changes_nothing(dataset, monkeypatch):
+    config = Config.make("cafe", "best", **TINY)
+    net, batches = build(config, dataset), Batches(config, dataset)
+    optimizers = make_optimizers(net)
+    train_step(net, optimizers, batches(batches.order(0)[:8], 0))
+    optimizers.tables.flush()  # so that the next step has nothing to make up for
+    before = {name: x.clone() for name, x in net.state_dict().items()}
+    right = net.loss
+    for factor in (math.nan, math.inf):
+        monkeypatch.setattr(net, "loss", lambda batch, factor=factor: factor * right(batch))
+        with pytest.raises(ValueError, match="the loss became .* at step 1"):
+            train_step(net, optimizers, batches(batches.order(0)[:8], 1))
+        assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
+        assert int(optimizers.tables.state[net.item_embedding]["step"]) == 1
 
 
 def test_checkpoints_are_refused_by_name_when_damaged(tmp_path):
