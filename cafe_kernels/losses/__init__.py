@@ -37,7 +37,8 @@ def sampled_bce(
         table: (V, d) item embeddings E; float32 or bfloat16.
         positives: int (T,), ids of items.
         negatives: int (T, K) for each token; (B, K) for each sequence, with `sequence`; or (K,) for all tokens. The shared ones are
-            a matrix product. A negative that equals a token's positive does not count for that token.
+            a matrix product (those of short sequences are not), and take at most 56 bytes of memory for each token and negative. A
+            negative that equals a token's positive does not count for that token.
         sequence: int (T,), each token's row of (B, K) negatives, ascending, and of (B, K) `ignore`.
         ignore: bool (T, K), or with `sequence` (B, K): negatives that do not count, such as those that the user has had.
         compose: (intent_table (C, d), item_intent int (V,)): then E[v] = table[v] + intent_table[item_intent[v]].

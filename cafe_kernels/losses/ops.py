@@ -53,17 +53,40 @@ def parts_of(h: Tensor, negatives: Tensor, sequence: Tensor | None) -> int:
     return 0 if sequence is None else len(negatives)
 
 
+def _spread(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs with a row of negatives for each token, where sequences are so short that their shared negatives' gradient rows
+    would take more memory: 4 * width + 44 bytes for each negative of a sequence, against 56 for each of a token, what sorts them
+    included. So no more is kept than for negatives a token, never (tokens, K, d)."""
+    h, negatives, sequence, ignore, log_q = inputs[0], *inputs[5:8], inputs[9]
+    if sequence is None or negatives.dim() == 1 or 56 * len(h) >= len(negatives) * (4 * _width(h) + 44):
+        return inputs
+    negatives, ignore, log_q = (x if x is None else x.index_select(0, sequence) for x in (negatives, ignore, log_q))
+    return (*inputs[:5], negatives, None, ignore, inputs[8], log_q)
+
+
+def _check_sequence(sequence: Tensor, rows: int) -> None:
+    """As csrc/losses.cpp does, which sees none where `_spread` has used it."""
+    if len(bad := sequence[(sequence < 0) | (sequence >= rows)]):
+        raise IndexError(f"sequence must be in 0 ... {rows - 1}, the rows of negatives or ignore, got {int(bad[0])}")
+    if bool((sequence.diff() < 0).any()):
+        raise ValueError("sequence must ascend, as packed tokens do")
+
+
+def _width(h: Tensor) -> int:
+    """Of gradient rows: a multiple of 16."""
+    return (h.shape[1] + 15) // 16 * 16
+
+
 def _gradients(h: Tensor, negatives: Tensor, sequence: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dh (T, d), the derivatives by the logits (T,) or (T + T * K,), and the gradient rows of shared negatives, whose width is a
-    multiple of 16."""
-    tokens, dim = h.shape
+    """dh (T, d), the derivatives by the logits (T,) or (T + T * K,), and the gradient rows of shared negatives."""
+    tokens = len(h)
     if not wanted:
         return h.new_empty(0), h.new_empty(0), h.new_empty(0)
     per_token = negatives.dim() == 2 and sequence is None
     return (
         torch.empty_like(h, memory_format=torch.contiguous_format),
         h.new_empty(tokens * (1 + negatives.shape[1]) if per_token else tokens),
-        h.new_empty(parts_of(h, negatives, sequence) * negatives.shape[-1], (dim + 15) // 16 * 16),
+        h.new_empty(parts_of(h, negatives, sequence) * negatives.shape[-1], _width(h)),
     )
 
 
@@ -84,7 +107,10 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the loss, and what the backward pass needs, which is empty without `gradients`."""
     inputs, options = arguments[:NUM_INPUTS], arguments[NUM_INPUTS:]
     reduction, wanted = options[3:5]
-    h = inputs[0]
+    h, negatives, sequence = inputs[0], inputs[5], inputs[6]
+    if sequence is not None and negatives.dim() == 2 and sequence.device.type == "cpu":
+        _check_sequence(sequence, len(negatives))
+    inputs = _spread(inputs)
     weights = h.new_full((len(h),), 1 / max(1, len(h))) if reduction == "mean" else None
     losses, total, gradients = _run(inputs, weights, options, wanted and reduction != "none")
     loss = losses if reduction == "none" else total / len(losses) if reduction == "mean" else total
@@ -93,7 +119,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradient of h, that of the table as ids and rows (or no ids, and all rows), and that of the intents' table."""
-    inputs, gradients = arguments[:NUM_INPUTS], arguments[NUM_INPUTS : NUM_INPUTS + 3]
+    inputs, gradients = _spread(arguments[:NUM_INPUTS]), arguments[NUM_INPUTS : NUM_INPUTS + 3]
     *options, want_h, want_table, want_intents = arguments[NUM_INPUTS + 3 :]
     reduction, sparse_grad, backend = options[3], options[5], options[6]
     h, table, intents, item_intent, positives, negatives, sequence = inputs[:7]
@@ -121,7 +147,8 @@ def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h, negatives, sequence = arguments[0], arguments[5], arguments[6]
+    inputs = _spread(arguments[:NUM_INPUTS])
+    h, negatives, sequence = inputs[0], inputs[5], inputs[6]
     reduction, wanted = arguments[NUM_INPUTS + 3 : NUM_INPUTS + 5]
     loss = h.new_empty(len(h) if reduction == "none" else ())
     return loss, *_gradients(h, negatives, sequence, wanted and reduction != "none")

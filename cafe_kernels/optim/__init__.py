@@ -211,9 +211,13 @@ class RowSparseAdam(torch.optim.Optimizer):
         Raises:
             ValueError: a state of another optimizer or mode, or of tables of other shapes.
         """
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):  # torch compares their number
+        for saved, group in zip(
+            state_dict["param_groups"], self.param_groups, strict=False
+        ):  # torch compares their number
             if not {"mode", "seed"} <= saved.keys():
-                raise ValueError(f"the state is of another optimizer than RowSparseAdam: its groups have {', '.join(saved)}")
+                raise ValueError(
+                    f"the state is of another optimizer than RowSparseAdam: its groups have {', '.join(saved)}"
+                )
             if saved["mode"] != group["mode"]:
                 raise ValueError(f"the state is of mode {saved['mode']!r}, this optimizer's is {group['mode']!r}")
             for index, table in zip(saved["params"], group["params"], strict=False):

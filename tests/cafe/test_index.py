@@ -117,7 +117,7 @@ def test_scores_that_are_not_finite_are_refused(dataset, users, bad):
     net = model_of(dataset, "cafe", {"join": "sum"})
     with torch.no_grad():
         net.item_embedding[5] = bad
-    with pytest.raises(ValueError, match="not finite.*cannot rank by"):
+    with pytest.raises(ValueError, match=r"not finite.*cannot rank by"):
         Recommender(net, dataset).recommend([["i1"]] * users, k=3)
 
 

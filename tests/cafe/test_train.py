@@ -155,7 +155,7 @@ def test_a_step_with_a_bad_loss_changes_nothing(dataset, monkeypatch):
     right = net.loss
     for factor in (math.nan, math.inf):
         monkeypatch.setattr(net, "loss", lambda batch, factor=factor: factor * right(batch))
-        with pytest.raises(ValueError, match="the loss became .* at step 1"):
+        with pytest.raises(ValueError, match=r"the loss became .* at step 1"):
             train_step(net, optimizers, batches(batches.order(0)[:8], 1))
         assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
         assert int(optimizers.tables.state[net.item_embedding]["step"]) == 1

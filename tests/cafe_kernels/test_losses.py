@@ -21,9 +21,20 @@ ITEMS, INTENTS = 50, 7
 
 
 def case(
-    tokens, count, dim, sharing, *, items=ITEMS, compose=False, log_q=False, ignore=False, seed=0, dtype=torch.float64
+    tokens,
+    count,
+    dim,
+    sharing,
+    *,
+    items=ITEMS,
+    compose=False,
+    log_q=False,
+    ignore=False,
+    seed=0,
+    dtype=torch.float64,
+    each=5,
 ):
-    """Arguments of a loss. With few items there are collisions and duplicates among the negatives."""
+    """Arguments of a loss, in sequences of some `each` tokens. With few items there are collisions and duplicates among the negatives."""
     rng = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -32,7 +43,7 @@ def case(
     def ids(limit, *shape):
         return torch.randint(limit, shape, generator=rng)
 
-    rows = max(1, tokens // 5)
+    rows = max(1, tokens // each)
     sequence = ids(rows, tokens).sort().values
     shape = {"token": (tokens, count), "sequence": (rows, count), "batch": (count,)}[sharing]
     options = {}
@@ -183,6 +194,16 @@ def test_many_tokens_share_their_negatives():
     check("bce", case(1050, 5, 16, "sequence"))
 
 
+@pytest.mark.parametrize("each", [1, 3, 40])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_short_and_long_sequences(name, each, reduction):
+    """At d = 128 those shorter than 10 tokens are computed as if each token had its own negatives."""
+    more = {"compose": True, "ignore": True, "log_q": name == "softmax", "each": each}
+    for sparse_grad in (False, True):
+        check(name, case(120, 37, 128, "sequence", **more), reduction=reduction, sparse_grad=sparse_grad)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from(list(LOSSES)), sharing=st.sampled_from(SHARING), tokens=st.integers(0, 80),
@@ -270,10 +291,10 @@ def test_log_q_corrects_towards_the_full_softmax():
     torch.testing.assert_close(corrected, out, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize(("sharing", "each"), [("token", 5), ("sequence", 3), ("sequence", 30), ("batch", 5)])
 @pytest.mark.parametrize("sparse_grad", [False, True])
-def test_bits_do_not_depend_on_threads(sharing, sparse_grad):
-    arguments = case(1300, 60, 64, sharing, items=900, compose=True, dtype=torch.float32)
+def test_bits_do_not_depend_on_threads(sharing, each, sparse_grad):
+    arguments = case(1300, 60, 64, sharing, items=900, compose=True, dtype=torch.float32, each=each)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
@@ -349,33 +370,43 @@ tokens, count, dim, items = 2048, 4096, 64, 4096
 h = torch.randn(tokens, dim, requires_grad=True)
 table = torch.randn(items, dim, requires_grad=True)
 negatives = torch.randint(items, ({shape}))
+sequence = {sequence}
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-sampled_softmax(h[:64], table, torch.zeros(64, dtype=torch.long), negatives[{small}], sparse_grad=True).backward()
+sampled_softmax(h[:64], table, torch.zeros(64, dtype=torch.long), negatives[{small}], sparse_grad=True,
+                sequence=None if sequence is None else sequence[:64]).backward()
 before = peak()
-sampled_softmax(h, table, torch.zeros(tokens, dtype=torch.long), negatives, sparse_grad=True).backward()
+sampled_softmax(h, table, torch.zeros(tokens, dtype=torch.long), negatives, sparse_grad=True, sequence=sequence).backward()
 print(peak() - before)
 """
 
 
-@pytest.mark.parametrize(("shape", "small", "limit"), [("tokens, count", ":64", 33), ("count,", ":", 12)])
-def test_peak_memory(shape, small, limit):
+@pytest.mark.parametrize(
+    ("shape", "sequence", "small", "each", "limit"),
+    [
+        ("tokens, count", "None", ":64", 44, 33),
+        ("count,", "None", ":", 0, 12),
+        ("tokens, count", "torch.arange(tokens)", ":64", 56, 33),
+        ("tokens // 8, count", "torch.arange(tokens) // 8", ":8", 56, 33),
+    ],
+)
+def test_peak_memory(shape, sequence, small, each, limit):
     """A tensor of (tokens, K, d) would be 2 GiB, one of (tokens, K) 33.5 MB. Shared negatives need neither; those per token keep
-    a float for each draw, and sort the draws, at 44 bytes each with their ids."""
-    code = MEMORY.format(shape=shape, small=small)
+    a float for each draw, and sort the draws, at 44 bytes each with their ids, and those per sequence no more but ids for tokens."""
+    code = MEMORY.format(shape=shape, small=small, sequence=sequence)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    scalars = 2048 * 4096 * 44 if shape.startswith("tokens") else 0
-    assert int(run.stdout) < scalars + limit * 2**20
+    assert int(run.stdout) < 2048 * 4096 * each + limit * 2**20
 
 
 # torch.library
 
 
-@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize(("sharing", "each"), [("token", 5), ("sequence", 5), ("sequence", 1), ("batch", 5)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck(sharing, reduction):
-    h, table, positives, negatives, options = case(10, 4, 8, sharing, compose=True, ignore=True, dtype=torch.float32)
+def test_opcheck(sharing, each, reduction):
+    more = {"compose": True, "ignore": True, "dtype": torch.float32, "each": each}
+    h, table, positives, negatives, options = case(10, 4, 8, sharing, **more)
     intents, item_intent = options["compose"]
     for x in (h, table, intents):
         x.requires_grad_()
@@ -450,6 +481,14 @@ def test_second_backward_is_refused():
             {"negatives": torch.zeros(2, 3, dtype=torch.long), "sequence": torch.tensor([1, 0, 0, 0, 0])},
             ValueError,
             "sequence must ascend",
+        ),
+        *(
+            ({"negatives": torch.zeros(5, 3, dtype=torch.long), "sequence": torch.tensor(sequence)}, error, message)
+            for sequence, error, message in (
+                ([0, 1, 2, 4, 3], ValueError, "sequence must ascend"),
+                ([0, 1, 2, 3, 5], IndexError, "sequence must be in 0 ... 4, the rows of negatives or ignore, got 5"),
+                ([-1, 0, 1, 2, 3], IndexError, "sequence must be in 0 ... 4, .* got -1"),
+            )
         ),
         ({"compose": (torch.zeros(3, 7), torch.zeros(50, dtype=torch.long))}, ValueError, "intent_table of compose"),
         ({"compose": (torch.zeros(3, 8), torch.zeros(49, dtype=torch.long))}, ValueError, "item_intent of compose"),

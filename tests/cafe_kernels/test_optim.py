@@ -562,11 +562,15 @@ def test_refuses_another_mode_for_a_table_that_has_begun(before, after):
     saved, value = optimizer.state_dict(), w.detach().clone()
     optimizer.param_groups[0]["mode"] = after
     for call in (optimizer.step, optimizer.flush, lambda: optimizer.catch_up(w, torch.tensor([1]))):
-        with pytest.raises(ValueError, match=f"mode was changed to '{after}', but a table keeps the mode of its first step"):
+        with pytest.raises(
+            ValueError, match=f"mode was changed to '{after}', but a table keeps the mode of its first step"
+        ):
             call()
     assert torch.equal(w, value)
     with pytest.raises(ValueError, match=f"the state is of mode '{before}', this optimizer's is '{after}'"):
-        RowSparseAdam([w], mode=after).load_state_dict({**saved, "param_groups": [{**saved["param_groups"][0], "mode": before}]})
+        RowSparseAdam([w], mode=after).load_state_dict(
+            {**saved, "param_groups": [{**saved["param_groups"][0], "mode": before}]}
+        )
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SparseAdam, torch.optim.Adam, torch.optim.SGD])
@@ -578,7 +582,7 @@ def test_refuses_the_state_of_another_optimizer(kind):
         w.grad = w.grad.to_dense()
     theirs.step()
     ours = RowSparseAdam([w])
-    with pytest.raises(ValueError, match="of another optimizer than RowSparseAdam: its groups have .*lr"):
+    with pytest.raises(ValueError, match=r"of another optimizer than RowSparseAdam: its groups have .*lr"):
         ours.load_state_dict(theirs.state_dict())
 
 

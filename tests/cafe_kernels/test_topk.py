@@ -240,7 +240,7 @@ def test_count_above_checks_its_input_too(change: dict[str, object], message: st
 
 
 def test_intents_borders_must_be_integers() -> None:
-    with pytest.raises(ValueError, match="intent_indptr must be integers .*got torch.float32"):
+    with pytest.raises(ValueError, match=r"intent_indptr must be integers .*got torch.float32"):
         joint_topk(torch.ones(1, 2), torch.ones(3, 2), torch.ones(1, 1), torch.tensor([0.0, 3.0]), 1)
 
 

@@ -41,6 +41,10 @@ else:
         arguments = case(18, 9, 24, sharing, compose=True, ignore=True)
         check(name, arguments, "triton", reduction=reduction, sparse_grad=sparse_grad)
 
+    @pytest.mark.parametrize("each", [1, 12])
+    def test_short_and_long_sequences(each):
+        check("softmax", case(18, 9, 24, "sequence", compose=True, ignore=True, log_q=True, each=each), "triton")
+
     def test_several_parts():
         check("softmax", case(1050, 5, 8, "batch", items=9), "triton")
 
