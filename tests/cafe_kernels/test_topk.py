@@ -296,6 +296,24 @@ def test_every_block_knows_the_errors_of_those_after_it() -> None:
         assert_same({**p, "scores": torch.zeros(20, 1)}, 5, "identity")
 
 
+def test_sums_of_codes_that_float32_rounds(isa: str) -> None:
+    """Codes that are exact, of sums just above 2^24, and an intent's score that cancels the dot products: what float32 takes from the
+    sums is then more than anything else that may err. Each item must count as equal to itself, and to its copy."""
+    q = torch.full((400, 4096), 65.0)
+    q[:, 0], q[:, 1:132] = 127.0, 66.0
+    q[:, 2] -= torch.arange(400) % 60
+    q[:, 3] += torch.arange(400) // 60
+    table = 1.875 * torch.cat([q, q[::2], -q, -q[::2]])  # of mean 0: the centroid has no part in it
+    user = torch.full((600, 4096), 8001.0)  # 63 * 127: exact for codes up to 63, and up to 127
+    dots, index = table.double() @ user[0].double(), TopKIndex(table)  # exact in float64
+    for answers in (torch.arange(600), torch.arange(600, 1200)):
+        offset = -dots[answers[0]].float()
+        values = (dots + offset.double()).float()
+        got = index.count_above(user, answers, offset.expand(600, 1))
+        assert torch.equal(got[0], (values > values[answers, None]).sum(1))
+        assert torch.equal(got[1], (values == values[answers, None]).sum(1) - 1)
+
+
 def test_answers_must_be_items() -> None:
     index = TopKIndex(torch.ones(3, 2))
     with pytest.raises(ValueError, match="answers must be items 0 to 2"):
