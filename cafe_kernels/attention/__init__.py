@@ -126,9 +126,10 @@ def distance_attention(
             raise ValueError(f"log_theta is on {log_theta.device}, q on {q.device}")
         if max_seqlen is not None and ops.covered(log_theta, causal) < max_seqlen:
             raise ValueError(f"max_seqlen={max_seqlen} but {ops.too_short(log_theta, causal)}")
-    if window is not None and window < (not causal):
-        least = "must not be negative" if causal else "must be at least 1 without causal, a token itself"
-        raise ValueError(f"window {least}, got {window}; None sees all")
+    if window is not None and causal and window < 0:
+        raise ValueError(f"window must not be negative, got {window}; None sees all")
+    if window is not None and not causal and window < 1:
+        raise ValueError(f"window must be at least 1 without causal, a token itself, got {window}; None sees all")
     if window is not None and not causal:
         window -= 1  # from here on the largest distance that is seen
     if not 0 <= dropout_p < 1:

@@ -105,6 +105,9 @@ class DistanceMaskedAttention(nn.Module):
     ) -> "DistanceMaskedAttention":
         """A module with the weights and options of `attention` and theta = 1: its outputs, `causal` or not, are the same at first.
 
+        A torch.nn.TransformerEncoder whose layers are changed so, and that is called without a mask, needs
+        enable_nested_tensor=False.
+
         Raises:
             ValueError: `attention` has kdim, vdim, add_bias_kv or add_zero_attn, which do not exist here.
 
@@ -129,12 +132,13 @@ class DistanceMaskedAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.embed_dim}, num_heads={self.num_heads}, max_distance={self.max_distance}, dropout={self.dropout}, "
-            f"bias={self.in_proj_bias is not None}, batch_first={self.batch_first}, scale={self.scale:.4g}, mask_reads={self.mask_reads!r}, "
-            f"causal={self.causal}"
+            f"bias={self.in_proj_bias is not None}, batch_first={self.batch_first}, scale={self.scale:.4g}, "
+            f"mask_reads={self.mask_reads!r}, causal={self.causal}"
         )
 
     def log_theta(self) -> Tensor | None:
-        """ln theta by head and distance, (M, n), without `causal` (M, 2n - 1), less the part that the softmax cancels or the keys carry; None without mask."""
+        """ln theta by head and distance, (M, n), without `causal` (M, 2n - 1), less the part that the softmax cancels or the keys
+        carry; None without mask."""
         if self.distance is None or self.distance_weight is None:
             return None
         # Not a matrix product, which autocast would round.
@@ -214,8 +218,15 @@ class DistanceMaskedAttention(nn.Module):
             there); and None or the weights, dropout included, (B, N, N) or (B, M, N, N) or without B, zero at padding.
 
         Raises:
-            ValueError: cross-attention, a mask that is not causal or none, or any where the module is not causal, padding amid a row, more tokens than max_distance.
+            ValueError: cross-attention, a mask that is not causal or none, or any where the module is not causal, padding amid
+                a row, more tokens than max_distance.
         """
+        if (
+            query.is_nested
+        ):  # as torch.nn.TransformerEncoder has it in inference, if its layers were built with another attention
+            raise ValueError(
+                "nested tensors are not supported: build torch.nn.TransformerEncoder with enable_nested_tensor=False"
+            )
         if (
             not query.shape == key.shape == value.shape
             or query.dim() not in (2, 3)
@@ -228,7 +239,9 @@ class DistanceMaskedAttention(nn.Module):
         unbatched, swapped = query.dim() == 2, query.dim() == 3 and not self.batch_first
         batch, length, _ = self._rows(query).shape
         if not self.causal and (is_causal or attn_mask is not None):
-            raise ValueError("this attention is not causal: pass neither attn_mask nor is_causal, and padding as key_padding_mask")
+            raise ValueError(
+                "this attention is not causal: pass neither attn_mask nor is_causal, and padding as key_padding_mask"
+            )
         if self.causal and not is_causal:
             _check_causal(attn_mask, query.device, batch * self.num_heads, length)
         padding = None if key_padding_mask is None else _check_padding(key_padding_mask, unbatched, batch, length)
@@ -323,7 +336,9 @@ def _draw_seed() -> int:
 
 def _check_causal(attn_mask: Tensor | None, device: torch.device, heads: int, length: int) -> None:
     if attn_mask is None:
-        raise ValueError("this attention is causal: pass is_causal=True or the causal attn_mask, or build it with causal=False")
+        raise ValueError(
+            "this attention is causal: pass is_causal=True or the causal attn_mask, or build it with causal=False"
+        )
     causal = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
     if attn_mask.dtype != torch.bool:
         causal = torch.zeros_like(causal, dtype=torch.float32).masked_fill(causal, -math.inf)

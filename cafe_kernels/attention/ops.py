@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPTIONS = (
-    "SymInt max_seqlen, float scale, bool causal, SymInt window, float dropout_p, SymInt seed, SymInt offset, str backend"
-)
+OPTIONS = "SymInt max_seqlen, float scale, bool causal, SymInt window, float dropout_p, SymInt seed, SymInt offset, str backend"
 INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_theta, Tensor cu_seqlens"
 
 library = torch.library.Library("cafe_kernels", "DEF")  # what it registers lives as long as it does
@@ -44,9 +42,7 @@ def covered(log_theta: Tensor, causal: bool) -> int:
     return log_theta.shape[1] if causal else (log_theta.shape[1] + 1) // 2
 
 
-def longest_sequence(
-    cu_seqlens: Tensor, total: int, max_seqlen: int, log_theta: Tensor | None, causal: bool
-) -> int:
+def longest_sequence(cu_seqlens: Tensor, total: int, max_seqlen: int, log_theta: Tensor | None, causal: bool) -> int:
     """The longest sequence, after checks of the values. max_seqlen 0: not given. On a GPU, looking at values waits for all work
     before them, so a given max_seqlen is believed there."""
     if cu_seqlens.device.type != "cpu" and max_seqlen:
@@ -65,13 +61,13 @@ def longest_sequence(
 
 def too_short(log_theta: Tensor, causal: bool) -> str:
     n_max, columns = covered(log_theta, causal), log_theta.shape[1]
-    two_sided = "" if causal else f": causal=False needs 2 n_max - 1 columns, distance 0 in the middle, and it has {columns}"
+    two_sided = (
+        "" if causal else f": causal=False needs 2 n_max - 1 columns, distance 0 in the middle, and it has {columns}"
+    )
     return f"log_theta covers distances below {n_max}{two_sided}"
 
 
-def longest_to_pad_to(
-    cu_seqlens: Tensor, total: int, max_seqlen: int, log_theta: Tensor | None, causal: bool
-) -> int:
+def longest_to_pad_to(cu_seqlens: Tensor, total: int, max_seqlen: int, log_theta: Tensor | None, causal: bool) -> int:
     """longest_sequence of the reference, which torch.compile traces: there a given max_seqlen is believed."""
     if torch.compiler.is_compiling():
         return max_seqlen or _longest_since_max_seqlen_is_not_given(cu_seqlens, total, log_theta, causal)

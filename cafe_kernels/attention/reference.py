@@ -62,7 +62,8 @@ def distance_attention(
     seed: int = 0,
     offset: int = 0,
 ) -> Tensor:
-    """q, k, v (total, H, D); log_theta (H, n_max), not causal (H, 2 n_max - 1), or None; returns (total, H, D). Any float dtype, fp64 included."""
+    """q, k, v (total, H, D); log_theta (H, n_max), not causal (H, 2 n_max - 1), or None; returns (total, H, D). Any float dtype,
+    fp64 included. window: the largest distance that is seen."""
     weights = attention_weights(q, k, log_theta, cu_seqlens, max_seqlen, scale, causal, window, dropout_p, seed, offset)
     slot = _slots(cu_seqlens, len(q), max_seqlen)
     return (weights @ _pad(v, slot, len(weights), max_seqlen)).transpose(1, 2).flatten(0, 1)[slot]

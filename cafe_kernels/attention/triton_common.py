@@ -129,6 +129,15 @@ def from_column(first, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def between_columns(first, last, BLOCK: tl.constexpr):
+    """The mask first[i] <= j < last[i]; in two steps, as from_column. One comparison, since AMD's scalar registers hold one mask for
+    each register, and not two: what is below 0 is a large unsigned number."""
+    a, b = 8 * tl.arange(0, BLOCK // 8)[None, :, None], tl.arange(0, 8)[None, None, :]
+    inside = (a + (b - first[:, None, None])).to(tl.uint32) < (last - first).to(tl.uint32)[:, None, None]
+    return tl.reshape(inside, BLOCK, BLOCK)
+
+
+@triton.jit
 def mark_dropped(weights, bits, BLOCK: tl.constexpr):
     """`weights` (BLOCK, BLOCK) >= 0 with a minus sign where the bits of their row are 1; in two steps, as from_column. A sign needs no
     register of its own, unlike a mask."""

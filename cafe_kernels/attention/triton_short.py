@@ -28,6 +28,7 @@ from cafe_kernels.attention.triton_common import (
     TYPES,
     UNSPECIALIZED,
     VARIANTS,
+    between_columns,
     case,
     dot,
     drop_bits,
@@ -120,9 +121,8 @@ def _end(starts, token, begin, end, total, CAUSAL: tl.constexpr):
 def _weights(logits, bias, first, last, scale, BLOCK: tl.constexpr):
     """Softmax of scale * logits + bias over the keys from `first` on, and, if given, before `last`, before its division by the sum;
     the maximum, the sum."""
-    s = tl.where(from_column(first, BLOCK), logits * (scale * LOG2_E) + bias, float("-inf"))
-    if last is not None:
-        s = tl.where(from_column(last, BLOCK), float("-inf"), s)
+    own = from_column(first, BLOCK) if last is None else between_columns(first, last, BLOCK)
+    s = tl.where(own, logits * (scale * LOG2_E) + bias, float("-inf"))
     largest = tl.max(s, 1)
     p = tl.exp2(s - tl.where(largest == float("-inf"), 0.0, largest)[:, None])
     return p, largest, tl.sum(p, 1)

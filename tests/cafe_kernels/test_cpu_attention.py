@@ -85,7 +85,9 @@ def test_equals_reference(heads, dim, dtype, option, isa):
 
 
 @pytest.mark.parametrize("option", TWO_SIDED)
-@pytest.mark.parametrize(("heads", "dim", "dtype"), [(1, 20, F32), (2, 64, F32), (1, 1, F32), (2, 16, BF16), (1, 200, BF16)])
+@pytest.mark.parametrize(
+    ("heads", "dim", "dtype"), [(1, 20, F32), (2, 64, F32), (1, 1, F32), (2, 16, BF16), (1, 200, BF16)]
+)
 def test_two_sided_equals_reference(heads, dim, dtype, option, isa):
     for lengths in ([1, 0, 9, 63, 64], [16, 65, 2, 111]):
         arguments = packed(lengths, heads, dim, dtype, causal=False)
@@ -109,7 +111,9 @@ def test_dropout_keeps_what_the_reference_keeps(causal, isa):
     q, _, _, _, _, cu = packed(lengths, 2, 100)
     v = torch.cat([torch.eye(n, 100) for n in lengths])[:, None].repeat(1, 2, 1)
     options = {"causal": causal, "dropout_p": 0.4, "seed": 2**50, "offset": 2**40}
-    found, expected = (distance_attention(q * 0, q, v, None, cu, backend=b, **options) != 0 for b in ("cpu", "reference"))
+    found, expected = (
+        distance_attention(q * 0, q, v, None, cu, backend=b, **options) != 0 for b in ("cpu", "reference")
+    )
     assert torch.equal(found, expected)
     future = torch.arange(100) > torch.cat([torch.arange(n) for n in lengths])[:, None]
     inside = torch.arange(100) < torch.cat([torch.full((n,), n) for n in lengths])[:, None]
@@ -362,8 +366,14 @@ def test_refusals(monkeypatch):
         ({"lse": np.zeros((5, 2), np.float32)}, r"lse must have shape \(2, 5\)"),
         ({"q": np.zeros((5, 32), np.float32)}, r"q must be \(total, heads, dim\)"),
         ({"log_theta": np.zeros((2, 2), np.float32)}, r"log_theta must have shape \(2, n\), n >= 3"),
-        ({"causal": False, "log_theta": np.zeros((2, 3), np.float32)}, r"shape \(2, 2 n - 1\), n >= 3, .* got \(2, 3\)"),
-        ({"causal": False, "log_theta": np.zeros((2, 6), np.float32)}, r"shape \(2, 2 n - 1\), n >= 3, .* got \(2, 6\)"),
+        (
+            {"causal": False, "log_theta": np.zeros((2, 3), np.float32)},
+            r"shape \(2, 2 n - 1\), n >= 3, .* got \(2, 3\)",
+        ),
+        (
+            {"causal": False, "log_theta": np.zeros((2, 6), np.float32)},
+            r"shape \(2, 2 n - 1\), n >= 3, .* got \(2, 6\)",
+        ),
         ({"causal": False, "log_theta": np.zeros((2, 0), np.float32)}, r"shape \(2, 2 n - 1\)"),
         ({"cu_seqlens": np.array([0, 3, 2, 5], np.int32)}, "cu_seqlens must ascend from 0 to the 5 tokens"),
         ({"cu_seqlens": np.zeros(0, np.int32)}, "cu_seqlens must be"),
@@ -377,7 +387,14 @@ def test_extension_checks_its_arguments(change, message):
     tokens = ["q", "k", "v", "out", "grad_out", "dq", "dk", "dv"]
     given = {name: np.zeros((5, 2, 16), np.float32) for name in tokens}
     given |= {name: np.zeros((2, 5), np.float32) for name in ("lse", "log_theta", "dlog_theta")}
-    given |= {"cu_seqlens": np.array([0, 2, 5], np.int32), "scale": 1.0, "causal": True, "window": -1, "dropout_p": 0.0, "seed": 0}
+    given |= {
+        "cu_seqlens": np.array([0, 2, 5], np.int32),
+        "scale": 1.0,
+        "causal": True,
+        "window": -1,
+        "dropout_p": 0.0,
+        "seed": 0,
+    }
     given |= {"offset": 0, "threads": 1, **change}
     with pytest.raises(ValueError, match=message):
         _C.attention_backward(**given)

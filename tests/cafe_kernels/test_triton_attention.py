@@ -117,7 +117,9 @@ else:
         assert actual["dlog_theta"].dtype == F32
         check(actual, truth(*arguments, **OPTIONS[option]), TOLERANCE[dtype])
 
-    @pytest.mark.filterwarnings("ignore:divide by zero|invalid value:RuntimeWarning")  # where rows past the end see nothing
+    @pytest.mark.filterwarnings(
+        "ignore:divide by zero|invalid value:RuntimeWarning"
+    )  # where rows past the end see nothing
     @pytest.mark.parametrize(("heads", "dim", "dtype", "option", "lengths"), TWO_SIDED_CASES)
     def test_two_sided_equals_reference(heads, dim, dtype, option, lengths):
         arguments = packed(lengths, heads, dim, dtype, causal=False)
