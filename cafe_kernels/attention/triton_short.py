@@ -49,7 +49,7 @@ BLOCK = 64  # tokens of a block, and the longest sequence
 PROGRAMS = 1024  # at most so many work on all heads together: a few times what runs at once on a large GPU
 
 
-def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
+def config(head_dim: int, itemsize: int, backward: bool, causal: bool = True) -> dict[str, int]:
     """How the kernels are compiled. CHUNK: columns of q, k, v worked on at a time; where it is less than all, the backward pass reads q,
     k and grad_out twice. No registers are spilled on sm_80, sm_90, sm_100 and gfx942, as far as compile_cases tell; maxnreg keeps
     NVIDIA's compiler from spilling a few registers for the sake of more programs at a time, and AMD's products of 16 rows have fewer
@@ -60,7 +60,8 @@ def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
         return common | {"CHUNK": 16, "num_warps": 8}
     if backward and columns > 64:
         return common | {"CHUNK": 32, "num_warps": 8}
-    return common | {"CHUNK": min(columns, 64), "num_warps": 8 if backward and columns == 32 else 4}
+    wide = backward and (columns == 32 or (columns == 64 and not causal))
+    return common | {"CHUNK": min(columns, 64), "num_warps": 8 if wide else 4}
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -249,7 +250,7 @@ def _arguments(q: Tensor, log_theta: Tensor | None, options: tuple[Any, ...], ba
     numbers = total, triton.cdiv(total, programs), heads, distances, scale, window if 0 <= window < BLOCK else BLOCK
     constants = {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": log_theta is not None, "DROPOUT": dropout_p > 0}
     constants |= {"CAUSAL": causal}
-    constants |= launchable(config(head_dim, q.itemsize, backward))
+    constants |= launchable(config(head_dim, q.itemsize, backward, causal))
     return (programs, heads), (*numbers, *dropout(dropout_p), seed, offset), constants
 
 
@@ -287,7 +288,7 @@ def compile_cases() -> list[dict[str, Any]]:
     ]
     for (head_dim, dtype, mask, drop, causal), backward in itertools.product(VARIANTS, (False, True)):
         kernel = short_backward if backward else short_forward
-        constants = config(head_dim, TYPES[dtype].itemsize, backward)
+        constants = config(head_dim, TYPES[dtype].itemsize, backward, causal)
         name = f"{kernel.fn.__name__} d{head_dim} {dtype}" + " mask" * mask + " dropout" * drop
         name += " two-sided" * (not causal)
         again = backward and constants["CHUNK"] < head_dim  # q, k and grad_out, for the lack of registers
