@@ -74,12 +74,12 @@ def _bias(log_theta, i, j, head, distances, HAS_BIAS: tl.constexpr, BLOCK: tl.co
 def _logits(logits, bias, i, j, length, scale, window, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
     """In base 2; -inf where a key is not seen: of a distance below 0, which is a large unsigned number, or beyond the window; or, not
     causal, beyond the window on either side or the sequence's end."""
-    distance = i - j + tl.arange(0, BLOCK)[:, None] - tl.arange(0, BLOCK)[None, :]
+    row, key = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
     if CAUSAL:
-        seen = distance.to(tl.uint32) <= window.to(tl.uint32)
-    else:
-        seen = (distance + window).to(tl.uint32) <= (2 * window).to(tl.uint32)
-        seen &= (tl.arange(0, BLOCK) < length - j)[None, :]
+        seen = (i - j + row[:, None] - key[None, :]).to(tl.uint32) <= window.to(tl.uint32)
+    else:  # one mask, as between_columns: keys past the end are far away
+        key = tl.where(key < length - j, key, 1 << 30)
+        seen = ((i - j + window + row)[:, None] - key[None, :]).to(tl.uint32) <= (2 * window).to(tl.uint32)
     return tl.where(seen, logits * (scale * LOG2_E) + bias, float("-inf"))
 
 
@@ -189,8 +189,8 @@ def long_backward_queries(
             xlse = tl.load(lse + rows, mask=i + row < length, other=float("inf")) * LOG2_E
             x = tl.zeros((BLOCK, BLOCK_D), tl.float32)
             carried = tl.zeros((BLOCK,), tl.float32)
-            first, keys_end = tl.maximum(i - window, 0) // BLOCK * BLOCK, _keys_end(i, length, window, BLOCK, CAUSAL)
-            for j in tl.range(first, keys_end, BLOCK, disable_licm=True):
+            keys_end = _keys_end(i, length, window, BLOCK, CAUSAL)
+            for j in tl.range(tl.maximum(i - window, 0) // BLOCK * BLOCK, keys_end, BLOCK, disable_licm=True):
                 there = (begin + j).to(tl.int64) * stride + head * HEAD_DIM
                 bias = _bias(log_theta, i, j, head, distances, HAS_BIAS, BLOCK, CAUSAL)
                 xk = load(k + there, length - j, column, stride, BLOCK, HEAD_DIM)
@@ -212,7 +212,7 @@ def long_backward_queries(
                     tl.store(own, tl.load(own) + carried + tl.sum(tl.where(here, skewed, 0.0), 0))
                     carried = tl.sum(tl.where(here, 0.0, skewed), 0)
             if HAS_BIAS and not CAUSAL:  # causal: nothing comes after the last block
-                beyond = i - first - tl.cdiv(keys_end - first, BLOCK) * BLOCK
+                beyond = i - tl.cdiv(keys_end, BLOCK) * BLOCK
                 own = _own(partial, program, heads, head, width, beyond, BLOCK, CAUSAL)
                 tl.store(own, tl.load(own) + carried)
             store(dq + at, x, length - i, column, stride, BLOCK, HEAD_DIM)
