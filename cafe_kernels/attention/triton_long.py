@@ -79,7 +79,7 @@ def _logits(logits, bias, i, j, length, scale, window, BLOCK: tl.constexpr, CAUS
         seen = (i - j + row[:, None] - key[None, :]).to(tl.uint32) <= window.to(tl.uint32)
     else:  # one mask, as between_columns: keys past the end are far away
         key = tl.where(key < length - j, key, 1 << 30)
-        seen = ((i - j + window + row)[:, None] - key[None, :]).to(tl.uint32) <= (2 * window).to(tl.uint32)
+        seen = tl.abs(i - j + row[:, None] - key[None, :]) <= window
     return tl.where(seen, logits * (scale * LOG2_E) + bias, float("-inf"))
 
 
