@@ -60,7 +60,7 @@ def config(head_dim: int, itemsize: int, backward: bool, causal: bool = True) ->
         return common | {"CHUNK": 16, "num_warps": 8}
     if backward and columns > 64:
         return common | {"CHUNK": 32, "num_warps": 8}
-    wide = backward and (columns == 32 or (columns == 64 and not causal))
+    wide = backward and (columns == 32 or not causal)
     return common | {"CHUNK": min(columns, 64), "num_warps": 8 if wide else 4}
 
 
