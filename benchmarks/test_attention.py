@@ -7,6 +7,9 @@ forward, 7 with backward. The share of the peak counts the causal triangle only,
 Memory freed by one call is kept for the next (glibc's malloc would give it back, and everybody would mostly measure page faults).
 Torch's nested tensors take part by their matmul and softmax: on the CPU their scaled_dot_product_attention takes neither a mask
 nor is_causal, and the jagged layout has no matmul of two ragged tensors.
+
+The two-sided case (causal=False, a bias for each distance of both signs) is against eager PyTorch and its attention with a float mask,
+both padded, the keys of the padding hidden.
 """
 
 from collections.abc import Callable, Iterator
@@ -184,6 +187,59 @@ def check_agreement(x: SimpleNamespace) -> None:
         torch.testing.assert_close(packed, ours[:, 0], rtol=1e-4, atol=1e-5)
     for packed_peer in (sdpa_loop, eager_nested):
         torch.testing.assert_close(packed_peer(*x.packed, x.log_theta, x.lengths), ours, rtol=1e-4, atol=1e-5)
+
+
+def two_sided_bias(log_theta: Tensor, n: int, lengths: Tensor) -> Tensor:
+    """(B, H, n, n), -inf at the keys of padding."""
+    distance = torch.arange(n)[:, None] - torch.arange(n)
+    padding = torch.arange(n) >= lengths[:, None]
+    return log_theta[:, distance + n - 1][None].masked_fill(padding[:, None, None], float("-inf"))
+
+
+def eager_two_sided(q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor, lengths: Tensor) -> Tensor:
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + two_sided_bias(log_theta, q.shape[2], lengths)
+    return logits.softmax(-1) @ v
+
+
+def sdpa_two_sided(q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor, lengths: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, two_sided_bias(log_theta, q.shape[2], lengths))
+
+
+def attend_two_sided(q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return distance_attention(q, k, v, log_theta, cu_seqlens, causal=False, backend="cpu")
+
+
+@pytest.mark.parametrize("name", ["n=50", "Beauty's lengths"])
+def test_two_sided(name: str, record: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [case(name, 64, seed) for seed in range(8)]
+    for seed, x in enumerate(cases):
+        x.two_sided = torch.randn(1, 2 * x.n - 1, generator=torch.Generator().manual_seed(seed))
+        x.tensor_lengths = torch.tensor(x.lengths)
+
+    def run(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], *rest: Any) -> Any:
+        inputs = tuple(t.detach().requires_grad_() for t in inputs)
+        return torch.autograd.grad(function(*inputs, *rest), inputs, inputs[0])
+
+    x = cases[0]
+    ours = attend_two_sided(*x.packed, x.two_sided, x.cu_seqlens)[:, 0]
+    for peer in (eager_two_sided, sdpa_two_sided):
+        out = peer(*x.padded, x.two_sided, x.tensor_lengths)
+        same = torch.cat([row[0, :length] for row, length in zip(out, x.lengths, strict=True)])
+        torch.testing.assert_close(same, ours, rtol=1e-4, atol=1e-5)
+    steady, after = compare(
+        {
+            OURS: lambda x: run(attend_two_sided, (*x.packed, x.two_sided), x.cu_seqlens),
+            EAGER: lambda x: run(eager_two_sided, (*x.padded, x.two_sided), x.tensor_lengths),
+            SDPA: lambda x: run(sdpa_two_sided, (*x.padded, x.two_sided), x.tensor_lengths),
+        },
+        lambda number: fresh(cases[number % len(cases)]),
+        seconds=8,
+    )
+    what = f"{name}, head width 64, two-sided, forward + backward"
+    ratios = {f"{peer} / ours": steady[peer] / steady[OURS] for peer in (EAGER, SDPA)}
+    record["cases"][what] = {"median_seconds": {"steady": steady, "after_another": after}, "ratios": ratios}
+    with capsys.disabled():
+        print(table(what, steady, after, OURS))
 
 
 def test_growth(record: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -245,6 +245,8 @@ def test_workloads_of_the_attention(monkeypatch):
     lengths = {"few": [3, 0, 5]}
     (forward,) = workloads.workloads(cpu, lengths, 20, torch.float32, 0.1, backward=False, tensors=4)
     (backward,) = workloads.workloads(cpu, lengths, 20, torch.bfloat16, backward=True, tensors=7, bound="distinct")
+    (two_sided,) = workloads.workloads(cpu, lengths, 20, torch.float32, 0.1, False, backward=False, tensors=4)
+    assert two_sided["floor"] == forward["floor"]
     assert (forward["name"], forward["floor"], forward["bound"]) == ("few", 4 * 8 * workloads.HEADS * 20 * 4, "issued")
     assert (backward["name"], backward["floor"], backward["bound"]) == (
         "few",
@@ -256,4 +258,5 @@ def test_workloads_of_the_attention(monkeypatch):
         monkeypatch.setattr(cpu, op.__name__, lambda *given, op=op: called.append(op.__name__) or op(*given))
     forward["run"]()
     backward["run"]()
-    assert called == ["forward", "backward"]
+    two_sided["run"]()
+    assert called == ["forward", "backward", "forward"]

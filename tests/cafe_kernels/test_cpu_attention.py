@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cafe_kernels import _C
 from cafe_kernels.attention import distance_attention, ops
 
+F32, BF16 = torch.float32, torch.bfloat16
 pytestmark = pytest.mark.usefixtures("threads")
 LENGTHS = [0, 1, 2, 9, 50, 63, 64, 65, 111, 300]
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2**-6}
@@ -28,14 +29,16 @@ OPTIONS = {
     "window": {"window": 20},
     "both": {"window": 200, "dropout_p": 0.5, "seed": 1, "scale": 0.2},
 }
+TWO_SIDED = {name: option | {"causal": False} for name, option in OPTIONS.items()}
 NAMES = ["out", "dq", "dk", "dv", "dlog_theta"]
 
 
-def packed(lengths, heads, dim, dtype=torch.float32, seed=0):
+def packed(lengths, heads, dim, dtype=torch.float32, seed=0, causal=True):
     """q, k, v, log_theta, the gradient of the output, and cu_seqlens."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v, grad_out = (torch.randn(sum(lengths), heads, dim, generator=generator).to(dtype) for _ in range(4))
-    log_theta = torch.randn(heads, max(lengths, default=0) + 3, generator=generator)
+    n_max = max(lengths, default=0) + 3
+    log_theta = torch.randn(heads, n_max if causal else 2 * n_max - 1, generator=generator)
     return q, k, v, log_theta, grad_out, torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
 
 
@@ -81,6 +84,56 @@ def test_equals_reference(heads, dim, dtype, option, isa):
     check(actual, expected, TOLERANCE[dtype] * (4 if (dim, dtype) == (1, torch.bfloat16) else 1))
 
 
+@pytest.mark.parametrize("option", TWO_SIDED)
+@pytest.mark.parametrize(
+    ("heads", "dim", "dtype"), [(1, 20, F32), (2, 64, F32), (1, 1, F32), (2, 16, BF16), (1, 200, BF16)]
+)
+def test_two_sided_equals_reference(heads, dim, dtype, option, isa):
+    for lengths in ([1, 0, 9, 63, 64], [16, 65, 2, 111]):
+        arguments = packed(lengths, heads, dim, dtype, causal=False)
+        actual = compute(*arguments, backend="cpu", **TWO_SIDED[option])
+        check(actual, truth(*arguments, **TWO_SIDED[option]), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 90, 97, 193, 300])
+@pytest.mark.parametrize("lengths", [[500], [300, 0, 193, 192, 97, 96], [17, 0, 16, 15] * 20])
+def test_two_sided_windows_and_blocks(lengths, window, isa):
+    arguments = packed(lengths, 1, 20, causal=False)
+    options = {"causal": False, "window": window}
+    # Of the gradients of q and k nothing is left where a token sees only itself.
+    check(compute(*arguments, **options), truth(*arguments, **options), TOLERANCE[F32], floor=1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_dropout_keeps_what_the_reference_keeps(causal, isa):
+    """With q = 0 no weight is 0 before dropout, and v of a column for each key tells which were kept."""
+    lengths = [9, 0, 40, 100]
+    q, _, _, _, _, cu = packed(lengths, 2, 100)
+    v = torch.cat([torch.eye(n, 100) for n in lengths])[:, None].repeat(1, 2, 1)
+    options = {"causal": causal, "dropout_p": 0.4, "seed": 2**50, "offset": 2**40}
+    found, expected = (
+        distance_attention(q * 0, q, v, None, cu, backend=b, **options) != 0 for b in ("cpu", "reference")
+    )
+    assert torch.equal(found, expected)
+    future = torch.arange(100) > torch.cat([torch.arange(n) for n in lengths])[:, None]
+    inside = torch.arange(100) < torch.cat([torch.full((n,), n) for n in lengths])[:, None]
+    kept = found.transpose(0, 1)[:, future & inside].float()
+    if causal:
+        assert not kept.any()
+    else:  # the share kept is within 4.5 standard deviations but once in 150,000 seeds
+        assert abs(kept.mean() - 0.6) < 4.5 * (0.24 / kept.numel()) ** 0.5
+
+
+def test_dropout_draws_the_same_for_what_both_see(isa):
+    """What a causal query keeps, it keeps when it sees the future too: one stream, by head, query and key."""
+    q, _, _, _, _, cu = packed([70, 30], 2, 70)
+    v = torch.cat([torch.eye(n, 70) for n in (70, 30)])[:, None].repeat(1, 2, 1)
+    options = {"dropout_p": 0.5, "seed": 3, "offset": 4}
+    causal, both = (distance_attention(q * 0, q, v, None, cu, causal=c, **options) != 0 for c in (True, False))
+    past = torch.arange(70) <= torch.cat([torch.arange(n) for n in (70, 30)])[:, None]
+    assert torch.equal(causal, both & past[:, None])
+
+
 LONG = [[1000], [300, 0, 193, 192, 97, 96], [2, 0, 9, 1] * 70, list(range(20))]
 
 
@@ -99,24 +152,44 @@ def test_long_and_many_sequences(lengths, option, isa):
     st.none() | st.integers(0, 240),
     st.sampled_from([0.0, 0.1, 0.9]),
     st.booleans(),
+    st.booleans(),
 )
-def test_any_lengths(lengths, heads, dim, window, dropout_p, learned):
-    q, k, v, log_theta, *rest = packed(lengths, heads, dim, seed=sum(lengths))
+def test_any_lengths(lengths, heads, dim, window, dropout_p, learned, causal):
+    q, k, v, log_theta, *rest = packed(lengths, heads, dim, seed=sum(lengths), causal=causal)
     arguments = (q, k, v, log_theta if learned else None, *rest)
-    options = {"window": window, "dropout_p": dropout_p, "seed": dim}
+    window = window if causal or window is None else window + 1
+    options = {"causal": causal, "window": window, "dropout_p": dropout_p, "seed": dim}
     # The gradients of q and k are sums of terms of size 1, of which nothing is left where a token sees only itself.
     check(compute(*arguments, **options), truth(*arguments, **options), TOLERANCE[torch.float32], floor=1)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_threads_do_not_matter(dtype, threads, isa):
-    arguments = packed([300, 9, 0, 111, 65, *[50] * 80], 4, 64, dtype)  # work for more than 8 threads
+@pytest.mark.parametrize("causal", [True, False])
+def test_threads_do_not_matter(causal, dtype, threads, isa):
+    options = OPTIONS["both"] | {"causal": causal}
+    arguments = packed([300, 9, 0, 111, 65, *[50] * 80], 4, 64, dtype, causal=causal)  # work for more than 8 threads
     threads(1)
-    one = compute(*arguments, **OPTIONS["both"])
+    one = compute(*arguments, **options)
     for number in (2, 8):
         threads(number)
-        for name, value in compute(*arguments, **OPTIONS["both"]).items():
+        for name, value in compute(*arguments, **options).items():
             assert torch.equal(value, one[name]), name
+
+
+def test_two_sided_bad_numbers_stay_in_their_sequence_and_head(isa):
+    lengths = [9, 70, 16]
+    clean = packed(lengths, 2, 20, causal=False)
+    expected = compute(*clean, causal=False)
+    for where in range(3):
+        arguments = [x.clone() for x in clean]
+        arguments[where][9 + 42, 1, 3] = float("nan")
+        actual = compute(*arguments, causal=False)
+        assert actual["out"][9 + 42, 1].isnan().any()
+        for name in NAMES[:4]:
+            apart = actual[name].clone()
+            apart[9:79, 1] = expected[name][9:79, 1]
+            assert torch.equal(apart, expected[name]), name
+        assert torch.equal(actual["dlog_theta"][0], expected["dlog_theta"][0])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -148,10 +221,11 @@ def test_bad_numbers_stay_in_their_sequence_and_head(where, value, dtype, isa):
 
 
 @pytest.mark.parametrize("hidden", [-1e9, -1e38, -float("inf")])
-def test_log_theta_hides_distances(hidden, isa):
-    arguments = packed([3, 65, 250], 2, 16)
+@pytest.mark.parametrize("causal", [True, False])
+def test_log_theta_hides_distances(causal, hidden, isa):
+    arguments = packed([3, 65, 250], 2, 16, causal=causal)
     arguments[3][:, 1::2] = hidden
-    check(compute(*arguments), truth(*arguments), TOLERANCE[torch.float32])
+    check(compute(*arguments, causal=causal), truth(*arguments, causal=causal), TOLERANCE[torch.float32])
 
 
 def test_nothing_to_attend_to_is_nan(isa):
@@ -172,16 +246,16 @@ def test_large_scores(shift, isa):
     assert out.isfinite().all()
 
 
-def operator_arguments(dtype=torch.float32):
-    q, k, v, log_theta, grad_out, cu = packed([3, 0, 20], 2, 16, dtype)
-    return (q, k, v, log_theta), cu, grad_out, (0, 0.25, -1, 0.1, 5, 0, "cpu")
+def operator_arguments(dtype=torch.float32, causal=True):
+    q, k, v, log_theta, grad_out, cu = packed([3, 0, 20], 2, 16, dtype, causal=causal)
+    return (q, k, v, log_theta), cu, grad_out, (0, 0.25, causal, -1, 0.1, 5, 0, "cpu")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("learned", [True, False])
-@pytest.mark.parametrize("empty", [True, False])
-def test_opcheck(dtype, learned, empty):
-    inputs, cu, grad_out, options = operator_arguments(dtype)
+@pytest.mark.parametrize(("empty", "causal"), [(True, True), (False, True), (False, False)])
+def test_opcheck(dtype, learned, empty, causal):
+    inputs, cu, grad_out, options = operator_arguments(dtype, causal)
     if empty:
         inputs, cu, grad_out = [*(x[:0] for x in inputs[:3]), inputs[3]], cu * 0, grad_out[:0]
     inputs = [*inputs[:3], inputs[3] if learned else None]
@@ -191,16 +265,16 @@ def test_opcheck(dtype, learned, empty):
     torch.library.opcheck(ops.forward_op, (*leaves, cu, *options))
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compile(compiler):
+@pytest.mark.parametrize(("compiler", "causal"), [("aot_eager", True), ("aot_eager", False), ("inductor", True)])
+def test_compile(compiler, causal):
     """One graph, also when lengths, seed and offset change."""
     compiled = torch.compile(distance_attention, fullgraph=True, backend=compiler)
     for step, lengths in enumerate([[3, 20], [50, 1, 9], [64]]):
         q, k, v, log_theta, grad_out, cu = packed(lengths, 2, 16)
         results = []
         for f in (distance_attention, compiled):
-            leaves = [x.clone().requires_grad_() for x in (q, k, v, log_theta[:, :0].new_zeros(2, 70))]
-            out = f(*leaves, cu, max_seqlen=70, dropout_p=0.2, seed=2**40 + step, offset=step)
+            leaves = [x.clone().requires_grad_() for x in (q, k, v, log_theta.new_zeros(2, 70 if causal else 139))]
+            out = f(*leaves, cu, max_seqlen=70, causal=causal, dropout_p=0.2, seed=2**40 + step, offset=step)
             results.append([out, *torch.autograd.grad(out, leaves, grad_out)])
         torch.testing.assert_close(results[1], results[0])
 
@@ -256,11 +330,12 @@ def test_strided_inputs():
     torch.testing.assert_close(compute(q, k, v, log_theta, expanded, cu), packed_ones, rtol=0, atol=0)
 
 
-def test_padded_call_equals_packed():
-    q, k, v, log_theta, grad_out, cu = packed([7] * 3, 2, 16)
+@pytest.mark.parametrize("causal", [True, False])
+def test_padded_call_equals_packed(causal):
+    q, k, v, log_theta, grad_out, cu = packed([7] * 3, 2, 16, causal=causal)
     padded = [x.unflatten(0, (3, 7)).transpose(1, 2) for x in (q, k, v, grad_out)]
-    by_pad = compute(*padded[:3], log_theta, padded[3], None)
-    for name, value in compute(q, k, v, log_theta, grad_out, cu).items():
+    by_pad = compute(*padded[:3], log_theta, padded[3], None, causal=causal)
+    for name, value in compute(q, k, v, log_theta, grad_out, cu, causal=causal).items():
         flat = by_pad[name] if name == "dlog_theta" else by_pad[name].transpose(1, 2).flatten(0, 1)
         assert torch.equal(flat, value), name
 
@@ -290,7 +365,16 @@ def test_refusals(monkeypatch):
         ({"k": np.zeros((4, 2, 16), np.float32)}, r"k must have shape \(5, 2, 16\), got \(4, 2, 16\)"),
         ({"lse": np.zeros((5, 2), np.float32)}, r"lse must have shape \(2, 5\)"),
         ({"q": np.zeros((5, 32), np.float32)}, r"q must be \(total, heads, dim\)"),
-        ({"log_theta": np.zeros((2, 2), np.float32)}, r"log_theta must have shape \(2, n >= 3\)"),
+        ({"log_theta": np.zeros((2, 2), np.float32)}, r"log_theta must have shape \(2, n\), n >= 3"),
+        (
+            {"causal": False, "log_theta": np.zeros((2, 3), np.float32)},
+            r"shape \(2, 2 n - 1\), n >= 3, .* got \(2, 3\)",
+        ),
+        (
+            {"causal": False, "log_theta": np.zeros((2, 6), np.float32)},
+            r"shape \(2, 2 n - 1\), n >= 3, .* got \(2, 6\)",
+        ),
+        ({"causal": False, "log_theta": np.zeros((2, 0), np.float32)}, r"shape \(2, 2 n - 1\)"),
         ({"cu_seqlens": np.array([0, 3, 2, 5], np.int32)}, "cu_seqlens must ascend from 0 to the 5 tokens"),
         ({"cu_seqlens": np.zeros(0, np.int32)}, "cu_seqlens must be"),
         ({"dropout_p": 1.0}, "dropout_p must be in"),
@@ -303,7 +387,14 @@ def test_extension_checks_its_arguments(change, message):
     tokens = ["q", "k", "v", "out", "grad_out", "dq", "dk", "dv"]
     given = {name: np.zeros((5, 2, 16), np.float32) for name in tokens}
     given |= {name: np.zeros((2, 5), np.float32) for name in ("lse", "log_theta", "dlog_theta")}
-    given |= {"cu_seqlens": np.array([0, 2, 5], np.int32), "scale": 1.0, "window": -1, "dropout_p": 0.0, "seed": 0}
+    given |= {
+        "cu_seqlens": np.array([0, 2, 5], np.int32),
+        "scale": 1.0,
+        "causal": True,
+        "window": -1,
+        "dropout_p": 0.0,
+        "seed": 0,
+    }
     given |= {"offset": 0, "threads": 1, **change}
     with pytest.raises(ValueError, match=message):
         _C.attention_backward(**given)

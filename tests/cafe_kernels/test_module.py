@@ -40,7 +40,7 @@ def cu_seqlens(lengths):
 
 
 def equations(module, query, key, value, padding=None):
-    """Eq. 2-6 of padded rows, with every term of Eq. 6, the cancelling ones included: output and weights per head."""
+    """Eq. 2-6 of padded rows, causal or not, with every term of Eq. 6, the cancelling ones included: output and weights per head."""
     n, head_dim = query.shape[1], module.head_dim
     biases = [0, 0, 0] if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
     q, k, v = (
@@ -51,11 +51,13 @@ def equations(module, query, key, value, padding=None):
     logits = q @ k.transpose(2, 3) * module.scale
     if module.distance is not None:
         torch.manual_seed(2)
-        table = torch.cat([torch.randn_like(module.distance), module.distance], 1)  # rows 0 to n - 1 are never read
+        never_read = torch.randn_like(module.distance)[:, : module.max_distance if module.causal else 1]
+        table = torch.cat([never_read, module.distance], 1)  # D, 2n rows
+        assert table.shape[1] == 2 * module.max_distance
         read = k if module.mask_reads == "keys" else v
         summed = q[:, :, :, None] + read[:, :, None] + table[:, module.max_distance + distance]
         logits = logits + (summed * module.distance_weight[:, None, None]).sum(-1) + 0.7  # b_L
-    hidden = (distance < 0)[None, None]
+    hidden = ((distance < 0) & module.causal)[None, None]
     if padding is not None:
         hidden = hidden | padding[:, None, None]
     weights = logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
@@ -70,13 +72,13 @@ def equations(module, query, key, value, padding=None):
 @pytest.mark.parametrize("score_scale", ["sqrt_d", "sqrt_head_dim"])
 @pytest.mark.parametrize("max_distance", [N, N + 3, None])
 @pytest.mark.parametrize("bias", [True, False])
-def test_equals_the_equations(mask_reads, score_scale, max_distance, bias):
-    module = learned(
-        torch.float64, max_distance=max_distance, mask_reads=mask_reads, score_scale=score_scale, bias=bias
-    )
+@pytest.mark.parametrize("causal", [True, False])
+def test_equals_the_equations(mask_reads, score_scale, max_distance, bias, causal):
+    options = {"max_distance": max_distance, "mask_reads": mask_reads, "score_scale": score_scale, "bias": bias}
+    module = learned(torch.float64, causal=causal, **options)
     x, _ = padded(dtype=torch.float64)
     expected, expected_weights = equations(module, x, x, x)
-    out, weights = module(x, x, x, is_causal=True, average_attn_weights=False)
+    out, weights = module(x, x, x, is_causal=causal, average_attn_weights=False)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(weights, expected_weights)
     flat = module.packed(x.flatten(0, 1), cu_seqlens([N] * len(x)))
@@ -85,12 +87,13 @@ def test_equals_the_equations(mask_reads, score_scale, max_distance, bias):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_gradients_equal_those_of_the_equations(side, dtype):
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_equal_those_of_the_equations(causal, side, dtype):
     """Of the inputs and all parameters; in float32 by the C++ backend, in float64 by the reference."""
-    module, (x, padding) = learned(dtype), padded(side, dtype)
+    module, (x, padding) = learned(dtype, causal=causal), padded(side, dtype)
     results = []
     for call in (
-        lambda q, k, v: module(q, k, v, key_padding_mask=padding, is_causal=True, need_weights=False)[0],
+        lambda q, k, v: module(q, k, v, key_padding_mask=padding, is_causal=causal, need_weights=False)[0],
         lambda q, k, v: equations(module, q, k, v, padding)[0],
     ):
         leaves = [(x * factor).requires_grad_() for factor in (1, 0.5, 2)]
@@ -107,16 +110,17 @@ def test_gradients_equal_those_of_the_equations(side, dtype):
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("inputs", ["one", "key is value", "three"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_padded_call_equals_packed(side, batch_first, inputs, dropout):
+@pytest.mark.parametrize("causal", [True, False])
+def test_padded_call_equals_packed(causal, side, batch_first, inputs, dropout):
     """Also under dropout: both calls draw the same seed from torch's generator."""
-    module, (x, padding) = learned(batch_first=batch_first, dropout=dropout), padded(side)
+    module, (x, padding) = learned(batch_first=batch_first, dropout=dropout, causal=causal), padded(side)
     key = x if inputs == "one" else 0.5 * x
     value = key if inputs != "three" else key.clone()
     call = [t if batch_first else t.transpose(0, 1) for t in (x, key, value)]
     if inputs == "one":
         call = call[:1] * 3
     torch.manual_seed(3)
-    out, _ = module(*call, key_padding_mask=padding, attn_mask=CAUSAL)
+    out, _ = module(*call, key_padding_mask=padding, attn_mask=CAUSAL if causal else None)
     out = out if batch_first else out.transpose(0, 1)
     torch.manual_seed(3)
     expected = module.packed(x[~padding], cu_seqlens(LENGTHS), key_value=key[~padding])
@@ -173,18 +177,19 @@ def test_padding_is_neither_read_nor_given_a_gradient(side):
 
 @pytest.mark.parametrize("side", ["right", "left", "none"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_weights_are_those_that_made_the_output(side, dropout):
-    module, (x, padding) = learned(torch.float64, dropout=dropout), padded(side, torch.float64)
-    padding = None if side == "none" else padding
-    out, weights = module(x, x, x, key_padding_mask=padding, is_causal=True, average_attn_weights=False)
+@pytest.mark.parametrize("causal", [True, False])
+def test_weights_are_those_that_made_the_output(causal, side, dropout):
+    module, (x, padding) = learned(torch.float64, dropout=dropout, causal=causal), padded(side, torch.float64)
+    call = {"key_padding_mask": None if side == "none" else padding, "is_causal": causal}
+    padding = call["key_padding_mask"]
+    out, weights = module(x, x, x, **call, average_attn_weights=False)
     value = (x @ module.in_proj_weight[2 * D :].T + module.in_proj_bias[2 * D :]).unflatten(-1, (HEADS, -1))
     expected = module.out_proj((weights @ value.transpose(1, 2)).transpose(1, 2).flatten(2))
     torch.testing.assert_close(out, expected if padding is None else expected.masked_fill(padding[..., None], 0))
     if not dropout:
         torch.testing.assert_close(weights, equations(module, x, x, x, padding)[1])
-        averaged = module(x, x, x, key_padding_mask=padding, is_causal=True)[1]
-        torch.testing.assert_close(averaged, weights.mean(1))
-        assert not module(x, x, x, key_padding_mask=padding, is_causal=True, need_weights=False)[1]
+        torch.testing.assert_close(module(x, x, x, **call)[1], weights.mean(1))
+        assert not module(x, x, x, **call, need_weights=False)[1]
 
 
 def multihead(batch_first=True, **options):
@@ -225,6 +230,18 @@ def test_from_multihead_attention_leaves_the_outputs(batch_first, bias, average,
     torch.testing.assert_close(weights[~padding], expected_weights[~padding], **CLOSE)
 
 
+@pytest.mark.parametrize("padded_at", ["none", "right", "left"])
+def test_from_multihead_attention_without_causal_leaves_the_outputs(padded_at):
+    attention = multihead()
+    module = DistanceMaskedAttention.from_multihead_attention(attention, N, causal=False)
+    x, padding = padded("left" if padded_at == "left" else "right")
+    padding = torch.zeros_like(padding) if padded_at == "none" else padding
+    expected, expected_weights = attention(x, x, x, key_padding_mask=padding)
+    out, weights = module(x, x, x, key_padding_mask=padding)
+    torch.testing.assert_close(out[~padding], expected[~padding], **CLOSE)
+    torch.testing.assert_close(weights[~padding], expected_weights[~padding], **CLOSE)
+
+
 @pytest.mark.parametrize("average", [True, False])
 def test_from_multihead_attention_takes_one_sequence(average):
     attention = multihead()
@@ -258,18 +275,19 @@ def test_from_multihead_attention_takes_over_its_options():
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_in_a_transformer_encoder_layer(train):
+@pytest.mark.parametrize("causal", [True, False])
+def test_in_a_transformer_encoder_layer(causal, train):
     """Whose fused inference would read in_proj_weight and leave out the mask."""
     torch.manual_seed(5)
     layer = nn.TransformerEncoderLayer(D, HEADS, 16, dropout=0.0, batch_first=True).train(train)
-    encoder = nn.TransformerEncoder(layer, 2).train(train)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=causal).train(train)
     x, padding = padded()
     padding[1, 0] = False  # a row without tokens is NaN in PyTorch
-    call = {"mask": CAUSAL < 0, "src_key_padding_mask": padding, "is_causal": True}
+    call = {"src_key_padding_mask": padding} | ({"mask": CAUSAL < 0, "is_causal": True} if causal else {})
     with torch.no_grad():
         expected = encoder(x, **call)
         for layer in encoder.layers:
-            layer.self_attn = DistanceMaskedAttention.from_multihead_attention(layer.self_attn, N)
+            layer.self_attn = DistanceMaskedAttention.from_multihead_attention(layer.self_attn, N, causal)
         out = encoder(x, **call)
         torch.testing.assert_close(out[~padding], expected[~padding], rtol=1e-5, atol=1e-5)
         nn.init.normal_(encoder.layers[0].self_attn.distance_weight)
@@ -298,6 +316,13 @@ def test_theta_curves_are_the_odds_of_a_distance():
     x = torch.randn(1, N, D, dtype=torch.float64)
     newest = module(x, x, x, is_causal=True, average_attn_weights=False)[1][0, :, -1].flip(-1)
     torch.testing.assert_close((newest / newest[:, :1]).float(), curves.exp())
+    both = learned(torch.float64, causal=False)
+    both.load_state_dict(module.state_dict() | {"distance": torch.randn(HEADS, 2 * N - 1, D // HEADS)})
+    curves = both.theta_curves()
+    weights = both(x, x, x, average_attn_weights=False)[1][0]
+    for i in range(N):  # newest first: i - j from i - N + 1, the future, to i
+        ratios = (weights[:, i] / weights[:, i, i, None]).flip(-1)
+        torch.testing.assert_close(ratios.float(), curves[:, i : i + N].exp())
     with pytest.raises(ValueError, match="no distance mask"):
         DistanceMaskedAttention(D, HEADS, None).theta_curves()
 
@@ -305,7 +330,7 @@ def test_theta_curves_are_the_odds_of_a_distance():
 def test_repr_names_the_options():
     found = repr(learned(dropout=0.25, mask_reads="values"))
     options = "8, num_heads=2, max_distance=6, dropout=0.25, bias=True, batch_first=True, scale=0.3536, "
-    assert options + "mask_reads='values'" in found
+    assert options + "mask_reads='values', causal=True" in found
 
 
 def test_state_dict_deepcopy_and_moves():
@@ -401,6 +426,25 @@ HOLE = torch.tensor([[False] * N, [False, True, False, True, True, True]])
 def test_refuses(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         learned()(*arguments, **options)
+
+
+def test_nested_tensors_are_refused():
+    x = torch.nested.nested_tensor([torch.zeros(2, D), torch.zeros(3, D)])
+    with pytest.raises(ValueError, match="enable_nested_tensor=False"):
+        learned(causal=False)(x, x, x)
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"attn_mask": CAUSAL}, {"attn_mask": torch.zeros(N, N)}])
+def test_without_causal_refuses_masks(options):
+    with pytest.raises(ValueError, match="this attention is not causal: pass neither attn_mask nor is_causal"):
+        learned(causal=False)(X, X, X, **options)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_table_of_the_other_kind_is_refused(causal):
+    other = learned(causal=not causal).state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch for distance"):
+        learned(causal=causal).load_state_dict(other)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ is made of carry 2^-11 and 2^-8 (the interpreter cuts bfloat16 off, a GPU rounds
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from cafe_kernels.attention import distance_attention, ops
 from tests.interpreter import INTERPRETED, check_compile_cases, run_python
@@ -52,11 +53,23 @@ CASES = [
     (1, 256, F32, "both", [65]),
     (1, 16, F32, "plain", [1] * 130),
 ]
+TWO_SIDED_CASES = [
+    (1, 16, F32, "dropout", [0, 1, 2, 9, 50, 63, 64]),
+    (2, 20, BF16, "plain", [9, 0, 64, 1, 2]),
+    (1, 64, F16, "both", [50, 9]),
+    (1, 20, F32, "window", [63, 64, 1]),
+    (2, 128, F32, "plain", [9, 50]),
+    (2, 16, F32, "plain", [111, 0, 1, 65]),
+    (1, 20, F32, "dropout", [65, 63]),
+    (1, 64, BF16, "both", [111, 2]),
+    (1, 20, F32, "window", [150, 64]),
+    (1, 200, F16, "plain", [65]),
+]
 
 if not INTERPRETED:
 
     def test_in_the_interpreter():
-        assert f"{len(CASES)} cases" in run_python("-m", "pytest", "-x", __file__)
+        assert f"{len(CASES) + len(TWO_SIDED_CASES)} cases" in run_python("-m", "pytest", "-x", __file__)
 
     def kernels():
         from cafe_kernels.attention import triton_long, triton_short
@@ -94,7 +107,7 @@ else:
 
     from cafe_kernels.attention import triton_common, triton_long, triton_short
     from cafe_kernels.backends import choose_backend
-    from tests.cafe_kernels.test_cpu_attention import check, compute, packed, truth
+    from tests.cafe_kernels.test_cpu_attention import TWO_SIDED, check, compute, packed, truth
 
     @pytest.mark.parametrize(("heads", "dim", "dtype", "option", "lengths"), CASES)
     def test_equals_reference(heads, dim, dtype, option, lengths):
@@ -104,6 +117,27 @@ else:
         assert actual["dlog_theta"].dtype == F32
         check(actual, truth(*arguments, **OPTIONS[option]), TOLERANCE[dtype])
 
+    @pytest.mark.filterwarnings(
+        "ignore:divide by zero|invalid value:RuntimeWarning"
+    )  # where rows past the end see nothing
+    @pytest.mark.parametrize(("heads", "dim", "dtype", "option", "lengths"), TWO_SIDED_CASES)
+    def test_two_sided_equals_reference(heads, dim, dtype, option, lengths):
+        arguments = packed(lengths, heads, dim, dtype, causal=False)
+        actual = compute(*arguments, backend="triton", **TWO_SIDED[option])
+        check(actual, truth(*arguments, **TWO_SIDED[option]), TOLERANCE[dtype])
+
+    @pytest.mark.parametrize("lengths", [[9, 0, 40], [9, 70]])
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_dropout_keeps_what_the_reference_keeps(causal, lengths):
+        """With q = 0 no weight is 0 before dropout, and v of a column for each key tells which were kept."""
+        q, _, _, _, _, cu = packed(lengths, 2, 70)
+        v = torch.cat([torch.eye(n, 70) for n in lengths])[:, None].repeat(1, 2, 1)
+        options = {"causal": causal, "dropout_p": 0.4, "seed": 2**50, "offset": 2**40}
+        found, expected = (
+            distance_attention(q * 0, q, v, None, cu, backend=b, **options) != 0 for b in ("triton", "reference")
+        )
+        assert torch.equal(found, expected)
+
     @pytest.mark.parametrize("window", [62, 63])
     def test_the_widest_windows_of_the_short_path(window):
         arguments = packed([64], 1, 16)
@@ -111,45 +145,61 @@ else:
 
     def test_the_reduction_sums_all_programs():
         partial = torch.randn(200, 3, 40, generator=torch.Generator().manual_seed(0))
-        found = triton_common.reduce(partial, torch.empty(3, 55))
+        found = triton_common.reduce(partial, torch.empty(3, 55), causal=True)
         torch.testing.assert_close(found[:, :40], partial.sum(0), rtol=1e-5, atol=1e-5)
         assert (found[:, 40:] == 0).all()
+        for distances in (55, 9):  # distance 0 is in column 27 or 4, and in column 20 of partial
+            found = triton_common.reduce(partial, torch.empty(3, distances), causal=False)
+            expected = pad(partial.sum(0), (20, 20))[:, 40 - distances // 2 :][:, :distances]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("longest", [50, 100])
-    def test_programs_share_the_work(longest, monkeypatch):
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_programs_share_the_work(causal, longest, monkeypatch):
         """Few programs walk many blocks each, in both kinds of kernels."""
-        arguments = packed([longest, 3, 0, 33, 9, 50, 2, 20], 1, 16)
-        expected = truth(*arguments)
-        for programs in (2, 5):
+        arguments = packed([longest, 3, 0, 33, 9, 50, 2, 20], 1, 16, causal=causal)
+        expected = truth(*arguments, causal=causal)
+        for programs in (2, 5) if causal else (2,):
             monkeypatch.setattr(triton_short, "PROGRAMS", programs)
             monkeypatch.setattr(triton_long, "PROGRAMS", programs)
-            check(compute(*arguments, backend="triton"), expected, TOLERANCE[F32])
+            check(compute(*arguments, causal=causal, backend="triton"), expected, TOLERANCE[F32])
 
     @settings(max_examples=8, deadline=None, derandomize=True)
     @given(
         st.lists(st.integers(0, 64), max_size=9),
         st.integers(1, 2),
         st.integers(1, 40),
-        st.none() | st.integers(0, 70),
+        st.none() | st.integers(1, 70),
+        st.booleans(),
         st.booleans(),
     )
-    def test_any_lengths(lengths, heads, dim, window, learned):
-        q, k, v, log_theta, *rest = packed(lengths, heads, dim, seed=sum(lengths))
-        arguments = (q, k, v, log_theta if learned else None, *rest)
-        actual = compute(*arguments, window=window, backend="triton")
-        check(actual, truth(*arguments, window=window), TOLERANCE[F32], floor=1)
+    def test_any_lengths(lengths, heads, dim, window, learned, causal):
+        q, k, v, log_theta, *rest = packed(lengths, heads, dim, seed=sum(lengths), causal=causal)
+        arguments, options = (q, k, v, log_theta if learned else None, *rest), {"causal": causal, "window": window}
+        actual = compute(*arguments, backend="triton", **options)
+        check(actual, truth(*arguments, **options), TOLERANCE[F32], floor=1)
 
     @pytest.mark.parametrize("lengths", [[3, 50], [3, 70]])
-    def test_without_log_theta(lengths):
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_without_log_theta(lengths, causal):
         q, k, v, _, *rest = packed(lengths, 1, 16)
         arguments = (q, k, v, None, *rest)
-        check(compute(*arguments, backend="triton"), truth(*arguments), TOLERANCE[F32])
+        check(compute(*arguments, causal=causal, backend="triton"), truth(*arguments, causal=causal), TOLERANCE[F32])
 
-    @pytest.mark.parametrize(("lengths", "hidden"), [([3, 50], -float("inf")), ([3, 70], -float("inf")), ([50], -1e38)])
-    def test_log_theta_hides_distances(lengths, hidden):
-        arguments = packed(lengths, 1, 16)
+    @pytest.mark.parametrize(
+        ("lengths", "hidden", "causal"),
+        [
+            ([3, 50], -float("inf"), True),
+            ([3, 70], -float("inf"), True),
+            ([50], -1e38, True),
+            ([3, 50], -float("inf"), False),
+            ([3, 70], -float("inf"), False),
+        ],
+    )
+    def test_log_theta_hides_distances(lengths, hidden, causal):
+        arguments = packed(lengths, 1, 16, causal=causal)
         arguments[3][:, 1::2] = hidden
-        check(compute(*arguments, backend="triton"), truth(*arguments), TOLERANCE[F32])
+        check(compute(*arguments, causal=causal, backend="triton"), truth(*arguments, causal=causal), TOLERANCE[F32])
 
     @pytest.mark.filterwarnings("ignore:divide by zero|invalid value:RuntimeWarning")
     @pytest.mark.parametrize("lengths", [[3, 50], [3, 70]])
@@ -168,29 +218,34 @@ else:
         assert (found[:, :50] != 0).all()
         assert (found[:, 50:] == 0).all()
 
-    def operator_arguments(longest, dtype, learned):
-        q, k, v, log_theta, grad_out, cu = packed([2, 0, longest], 1, 16, dtype)
-        return [q, k, v, log_theta if learned else None], cu, grad_out, (0, 0.25, -1, 0.0, 5, 0, "triton")
+    def operator_arguments(longest, dtype, learned, causal=True):
+        q, k, v, log_theta, grad_out, cu = packed([2, 0, longest], 1, 16, dtype, causal=causal)
+        return [q, k, v, log_theta if learned else None], cu, grad_out, (0, 0.25, causal, -1, 0.0, 5, 0, "triton")
 
-    @pytest.mark.parametrize(("longest", "dtype", "learned"), [(20, F32, True), (65, F16, True), (20, F16, False)])
-    def test_opcheck(longest, dtype, learned):
-        inputs, cu, grad_out, options = operator_arguments(longest, dtype, learned)
+    @pytest.mark.parametrize(
+        ("longest", "dtype", "learned", "causal"),
+        [(20, F32, True, True), (65, F16, True, True), (20, F16, False, True), (20, F32, True, False)],
+    )
+    def test_opcheck(longest, dtype, learned, causal):
+        inputs, cu, grad_out, options = operator_arguments(longest, dtype, learned, causal)
         out, lse = ops.forward_op(*inputs, cu, *options)
         torch.library.opcheck(ops.backward_op, (grad_out, *inputs, cu, out, lse, *options))
         leaves = [x if x is None else x.requires_grad_() for x in inputs]
         torch.library.opcheck(ops.forward_op, (*leaves, cu, *options))
 
     @pytest.mark.parametrize("longest", [20, 70])
-    def test_log_sum_exp(longest):
-        (q, k, v, log_theta), cu, _, options = operator_arguments(longest, F32, True)
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_log_sum_exp(longest, causal):
+        (q, k, v, log_theta), cu, _, options = operator_arguments(longest, F32, True, causal)
         _, lse = ops.forward_op(q, k, v, log_theta, cu, *options)
         _, expected = ops.forward_op(q, k, v, log_theta, cu, *options[:-1], "cpu")
         torch.testing.assert_close(lse, expected, rtol=1e-5, atol=1e-5)
 
-    def test_compile():
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_compile(causal):
         compiled = torch.compile(distance_attention, fullgraph=True, backend="aot_eager")
-        q, k, v, log_theta, _, cu = packed([3, 20], 2, 16)
-        options = {"backend": "triton", "dropout_p": 0.2, "seed": 3}
+        q, k, v, log_theta, _, cu = packed([3, 20], 2, 16, causal=causal)
+        options = {"backend": "triton", "causal": causal, "dropout_p": 0.2, "seed": 3}
         torch.testing.assert_close(
             compiled(q, k, v, log_theta, cu, **options), distance_attention(q, k, v, log_theta, cu, **options)
         )
@@ -212,4 +267,4 @@ else:
 
     def test_all_cases_ran(capsys):
         with capsys.disabled():
-            print(f"{len(CASES)} cases")
+            print(f"{len(CASES) + len(TWO_SIDED_CASES)} cases")
