@@ -104,25 +104,24 @@ def _bias(log_theta, head, distances, window, HAS_BIAS: tl.constexpr, BLOCK: tl.
         bias = tl.gather(tl.broadcast_to(row[None, :], BLOCK, BLOCK), distance & (BLOCK - 1), 1)
     elif HAS_BIAS:
         middle = distances // 2
-        there = tl.abs(distance) <= middle
-        bias = tl.load(log_theta + head * distances + middle + distance, mask=there, other=0.0) * LOG2_E
+        column = tl.minimum(tl.maximum(middle + distance, 0), distances - 1)  # beyond the table, no sequence is so long
+        bias = tl.load(log_theta + head * distances + column) * LOG2_E
     seen = distance >= 0 if CAUSAL else distance >= -window
     return tl.where(seen & (distance <= window), bias, float("-inf"))
 
 
 @triton.jit
-def _end(starts, token, begin, end, total, CAUSAL: tl.constexpr):
-    """Where in the block the sequence of each token ends, unless the bias hides what is after it."""
+def _own(starts, token, first, begin, end, total, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
+    """Which keys are of a token's own sequence, less those after it that the bias hides."""
     if CAUSAL:
-        return None
-    return tl.load(starts + tl.cast(total, tl.int64) + token, mask=token < end, other=token + 1) - begin
+        return from_column(first, BLOCK)
+    last = tl.load(starts + tl.cast(total, tl.int64) + token, mask=token < end, other=token + 1) - begin
+    return between_columns(first, last, BLOCK)
 
 
 @triton.jit
-def _weights(logits, bias, first, last, scale, BLOCK: tl.constexpr):
-    """Softmax of scale * logits + bias over the keys from `first` on, and, if given, before `last`, before its division by the sum;
-    the maximum, the sum."""
-    own = from_column(first, BLOCK) if last is None else between_columns(first, last, BLOCK)
+def _weights(logits, bias, own, scale):
+    """Softmax of scale * logits + bias over the keys that are `own`, before its division by the sum; the maximum, the sum."""
     s = tl.where(own, logits * (scale * LOG2_E) + bias, float("-inf"))
     largest = tl.max(s, 1)
     p = tl.exp2(s - tl.where(largest == float("-inf"), 0.0, largest)[:, None])
@@ -146,11 +145,11 @@ def short_forward(
         base = begin.to(tl.int64) * stride + head * HEAD_DIM
         # Rows of no token look at themselves, so that they stay finite.
         first = tl.load(starts + token, mask=token < end, other=token) - begin
-        ends = _end(starts, token, begin, end, total, CAUSAL)
         if DROPOUT:  # the bits begin where the sequence does
             bits = drop_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
         logits = product(q + base, k + base, count, count, stride, HEAD_DIM, CHUNK, BLOCK)
-        p, largest, weight = _weights(logits, bias, first, ends, scale, BLOCK)
+        own = _own(starts, token, first, begin, end, total, BLOCK, CAUSAL)
+        p, largest, weight = _weights(logits, bias, own, scale)
         tl.store(lse + head.to(tl.int64) * total + token, (largest + tl.log2(weight)) / LOG2_E, mask=token < end)
         p *= (1 / weight)[:, None]
         if DROPOUT:
@@ -181,7 +180,6 @@ def short_backward(
         token, count = begin + tl.arange(0, BLOCK), end - begin
         base = begin.to(tl.int64) * stride + head * HEAD_DIM
         first = tl.load(starts + token, mask=token < end, other=token) - begin
-        ends = _end(starts, token, begin, end, total, CAUSAL)
         if DROPOUT:
             bits = drop_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
         if CHUNK >= HEAD_DIM:  # everything is loaded once
@@ -191,7 +189,8 @@ def short_backward(
             logits = dot(xq, tl.trans(xk))
         else:
             logits = product(q + base, k + base, count, count, stride, HEAD_DIM, CHUNK, BLOCK)
-        p, _, weight = _weights(logits, bias, first, ends, scale, BLOCK)
+        own = _own(starts, token, first, begin, end, total, BLOCK, CAUSAL)
+        p, _, weight = _weights(logits, bias, own, scale)
         p *= tl.where(weight == 0, 0.0, 1 / weight)[:, None]
         if DROPOUT:
             p = mark_dropped(p, bits, BLOCK)
@@ -224,15 +223,13 @@ def short_backward(
             store(dk + base, dot(tl.trans(ds), xq), count, column, stride, BLOCK, HEAD_DIM)
         begin = end
     if HAS_BIAS:
-        skewed, t = skew(dbias, BLOCK), tl.arange(0, BLOCK)
+        t, row = tl.arange(0, BLOCK), program * tl.num_programs(1) + head
         if CAUSAL:  # what is in the future is 0
-            row = partial + (program * tl.num_programs(1) + head) * BLOCK
-            tl.store(row + (BLOCK - 1 - t), tl.sum(skewed, 0))
+            tl.store(partial + row * BLOCK + BLOCK - 1 - t, tl.sum(skew(dbias, BLOCK), 0))
         else:
-            row = partial + (program * tl.num_programs(1) + head) * (2 * BLOCK)
-            past = t[:, None] + t[None, :] >= BLOCK - 1
-            tl.store(row + (2 * BLOCK - 1 - t), tl.sum(tl.where(past, skewed, 0.0), 0))
-            tl.store(row + (BLOCK - 1 - t), tl.sum(tl.where(past, 0.0, skewed), 0))
+            skewed, past = skew(dbias, BLOCK), t[:, None] + t[None, :] >= BLOCK - 1
+            tl.store(partial + row * (2 * BLOCK) + 2 * BLOCK - 1 - t, tl.sum(tl.where(past, skewed, 0.0), 0))
+            tl.store(partial + row * (2 * BLOCK) + BLOCK - 1 - t, tl.sum(tl.where(past, 0.0, skewed), 0))
 
 
 def _starts(cu_seqlens: Tensor, total: int, causal: bool) -> Tensor:
