@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from cafe_kernels.attention import reference
 
@@ -29,12 +29,13 @@ class DistanceMaskedAttention(nn.Module):
         score_scale: "sqrt_d" (Eq. 5: 1 / sqrt(d)) or "sqrt_head_dim" (1 / sqrt(d / M), as torch.nn.MultiheadAttention).
         mask_reads: "keys" (Eq. 6) or "values" (the released code: V_j . W_L in place of K_j . W_L).
         causal: each token sees itself and what is before it; False: all tokens of its sequence (as BERT4Rec).
+        local_heads: how many heads, the first ones, have the mask; default all. The others have theta = 1.
         device, dtype: of the parameters.
 
     Parameters: in_proj_weight (3d, d), in_proj_bias (3d), out_proj.weight (d, d) and out_proj.bias (d), as
     torch.nn.MultiheadAttention names them, so that its state dict loads with strict=False; and of the mask
-    distance (M, n, d / M), the rows D[n + t] of Eq. 6 for t = i - j from 0 on, without `causal` (M, 2n - 1, d / M) from
-    -(n - 1) on, and distance_weight (M, d / M), W_L, zero at first: theta = 1.
+    distance (L, n, d / M), the rows D[n + t] of Eq. 6 for t = i - j from 0 on, without `causal` (L, 2n - 1, d / M) from
+    -(n - 1) on, and distance_weight (L, d / M), W_L, zero at first: theta = 1. L is local_heads.
 
     Raises:
         ValueError: options that do not fit each other.
@@ -66,6 +67,7 @@ class DistanceMaskedAttention(nn.Module):
         score_scale: str = "sqrt_d",
         mask_reads: str = "keys",
         causal: bool = True,
+        local_heads: int | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -80,6 +82,9 @@ class DistanceMaskedAttention(nn.Module):
             raise ValueError(f"score_scale must be 'sqrt_d' or 'sqrt_head_dim', got {score_scale!r}")
         if mask_reads not in ("keys", "values"):
             raise ValueError(f"mask_reads must be 'keys' or 'values', got {mask_reads!r}")
+        local_heads = num_heads if local_heads is None else local_heads
+        if not 1 <= local_heads <= num_heads:
+            raise ValueError(f"local_heads must be from 1 to num_heads={num_heads}, got {local_heads}")
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.max_distance, self.dropout, self.batch_first = max_distance, dropout, batch_first
         self.scale = (embed_dim if score_scale == "sqrt_d" else self.head_dim) ** -0.5
@@ -95,9 +100,9 @@ class DistanceMaskedAttention(nn.Module):
         self.distance = self.distance_weight = None
         if max_distance is not None:  # W_L = 0 starts at theta = 1; D must not be zero too, or neither would ever move.
             rows = max_distance if causal else 2 * max_distance - 1
-            table = torch.randn(num_heads, rows, self.head_dim, **options) / math.sqrt(self.head_dim)
+            table = torch.randn(local_heads, rows, self.head_dim, **options) / math.sqrt(self.head_dim)
             self.distance = nn.Parameter(table)
-            self.distance_weight = nn.Parameter(torch.zeros(num_heads, self.head_dim, **options))
+            self.distance_weight = nn.Parameter(torch.zeros(local_heads, self.head_dim, **options))
 
     @classmethod
     def from_multihead_attention(
@@ -142,7 +147,11 @@ class DistanceMaskedAttention(nn.Module):
         if self.distance is None or self.distance_weight is None:
             return None
         # Not a matrix product, which autocast would round.
-        return (self.distance * self.distance_weight[:, None]).sum(-1)
+        return self._all_heads((self.distance * self.distance_weight[:, None]).sum(-1))
+
+    def _all_heads(self, local: Tensor) -> Tensor:
+        """(L, x) -> (M, x), zeros for the heads without a mask."""
+        return local if len(local) == self.num_heads else pad(local, (0, 0, 0, self.num_heads - len(local)))
 
     def theta_curves(self) -> Tensor:
         """What was learned: ln theta at each distance less that at distance 0, float32 (M, n), detached; without `causal`
@@ -167,6 +176,7 @@ class DistanceMaskedAttention(nn.Module):
         *,
         max_seqlen: int | None = None,
         key_value: Tensor | None = None,
+        value: Tensor | None = None,
         positions: Tensor | None = None,
         seed: int | None = None,
         offset: int = 0,
@@ -178,6 +188,7 @@ class DistanceMaskedAttention(nn.Module):
             cu_seqlens: int32 (B + 1), where each sequence begins; from 0 to total. Sequences may be empty.
             max_seqlen: the longest sequence, to spare its computation.
             key_value: (total, embed_dim), what keys and values read; default x.
+            value: (total, embed_dim), what values read; default what keys read.
             positions: (total, embed_dim), added to queries and keys (the released code does so).
             seed, offset: fix the dropout; by default the seed is drawn from torch's generator.
 
@@ -188,7 +199,7 @@ class DistanceMaskedAttention(nn.Module):
             ValueError: as `distance_attention`.
         """
         source = x if key_value is None else key_value
-        inputs = self._op_inputs(x, source, source, positions)
+        inputs = self._op_inputs(x, source, source if value is None else value, positions)
         return self._attend(inputs, cu_seqlens, max_seqlen, self._seed() if seed is None else seed, offset)
 
     def forward(
@@ -253,7 +264,7 @@ class DistanceMaskedAttention(nn.Module):
             token = (~padding).flatten().nonzero().squeeze(1)
             lengths = (~padding).sum(1)
             longest = max(lengths.tolist(), default=0)
-        cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        cu_seqlens = pad(lengths.cumsum(0), (1, 0)).int()
 
         def pack(x: Tensor) -> Tensor:
             x = self._rows(x).flatten(0, 1)
@@ -274,7 +285,7 @@ class DistanceMaskedAttention(nn.Module):
             *inputs[:2], self.log_theta(), cu_seqlens, longest, self.scale, self.causal, None, self._dropout_p(), seed
         )
         if padding is not None:
-            weights = _place(nn.functional.pad(weights, (0, length - longest) * 2), padding)
+            weights = _place(pad(weights, (0, length - longest) * 2), padding)
         if average_attn_weights:
             weights = weights.mean(1)
         return out, weights.squeeze(0) if unbatched else weights
@@ -303,7 +314,7 @@ class DistanceMaskedAttention(nn.Module):
             heads = positions.unflatten(-1, (self.num_heads, self.head_dim))
             q, k = q + heads, k + heads
         if self.distance_weight is not None:
-            shift = self.distance_weight / self.scale
+            shift = self._all_heads(self.distance_weight / self.scale)
             if self.mask_reads == "keys":
                 q = q + shift
             else:

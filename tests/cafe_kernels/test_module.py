@@ -467,3 +467,36 @@ def test_more_padding_than_max_distance_is_no_matter():
     padding[2, 4:] = True
     out, _ = module(x, x, x, key_padding_mask=padding, is_causal=True)
     torch.testing.assert_close(out[2, :4], module.packed(x[2, :4], cu_seqlens([4])))
+
+
+@pytest.mark.parametrize("mask_reads", ["keys", "values"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_only_local_heads_have_a_mask(mask_reads, causal):
+    """Of two heads the first is as in a module where both have the mask, the second as in one without."""
+    torch.manual_seed(0)
+    options = {"causal": causal, "mask_reads": mask_reads, "bias": False}
+    some = DistanceMaskedAttention(8, 2, 6, local_heads=1, **options)
+    both, none = DistanceMaskedAttention(8, 2, 6, **options), DistanceMaskedAttention(8, 2, None, **options)
+    nn.init.normal_(some.distance_weight)
+    for other in (both, none):
+        other.in_proj_weight, other.out_proj = some.in_proj_weight, nn.Identity()
+    some.out_proj = nn.Identity()
+    both.distance.data[:1], both.distance_weight.data[:1] = some.distance.data, some.distance_weight.data
+    nn.init.normal_(both.distance_weight.data[1:])
+    x, cu_seqlens = torch.randn(9, 8), torch.tensor([0, 6, 9], dtype=torch.int32)
+    out, masked, plain = (module.packed(x, cu_seqlens) for module in (some, both, none))
+    torch.testing.assert_close(out[:, :4], masked[:, :4])
+    torch.testing.assert_close(out[:, 4:], plain[:, 4:])
+    assert not torch.allclose(masked, plain)
+    with pytest.raises(ValueError, match="local_heads must be from 1 to num_heads=2, got 3"):
+        DistanceMaskedAttention(8, 2, 6, local_heads=3)
+
+
+def test_values_may_read_something_else():
+    torch.manual_seed(0)
+    module = DistanceMaskedAttention(8, 2, 6, bias=False)
+    x, value, cu_seqlens = torch.randn(5, 8), torch.randn(5, 8), torch.tensor([0, 5], dtype=torch.int32)
+    out = module.packed(x, cu_seqlens, value=value)
+    expected = module(x, x, value, is_causal=True)[0]
+    torch.testing.assert_close(out, expected)
+    assert not torch.allclose(out, module.packed(x, cu_seqlens))
