@@ -1,6 +1,7 @@
 """Models against their equations written out, on padded single sequences."""
 
-from itertools import pairwise
+from dataclasses import replace
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,11 +10,12 @@ import torch
 
 from cafe.batches import Batches
 from cafe.config import Config
-from cafe.models import blocks, build
+from cafe.models import MODELS, blocks, build
 from cafe.train import make_optimizers, train_step
 from cafe_kernels import DistanceMaskedAttention
 
 SMALL = {"dim": 16, "heads": 2, "max_len": 8, "batch_size": 16, "dropout": 0.0}
+OTHERS = sorted(MODELS.keys() - {"poprec", "sasrec", "cafe"})
 CHOICES = [
     {},
     {"block": "query_norm", "attention_bias": True, "score_scale": "sqrt_head_dim", "scale_embeddings": True},
@@ -29,8 +31,9 @@ def histories(dataset, count):
     return torch.from_numpy(rows.items).long(), torch.from_numpy(rows.indptr).int()
 
 
-@pytest.mark.parametrize("model", ["poprec", "sasrec", "cafe"])
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(
+    ("model", "choice"), [*product(["poprec", "sasrec", "cafe"], CHOICES), *((model, CHOICES[3]) for model in OTHERS)]
+)
 def test_scores_do_not_depend_on_batching_or_candidates(dataset, model, choice):
     torch.manual_seed(0)
     net = build(Config.make(model, **SMALL, **choice), dataset).eval()
@@ -52,9 +55,7 @@ def test_no_token_sees_what_comes_after_it(dataset):
     states = []
     for tail in ([3, 4], [5, 6]):
         items = torch.tensor([1, 2, *tail])
-        state, coarse = net.encode(
-            items, torch.tensor([0, 4], dtype=torch.int32), 4, torch.zeros(4, dtype=torch.long), 0
-        )
+        state, coarse = net.encode(net.history(items, torch.tensor([0, 4], dtype=torch.int32)))
         states.append(torch.cat([state, coarse], 1))
     torch.testing.assert_close(states[0][:2], states[1][:2])
     assert not torch.allclose(states[0][2:], states[1][2:])
@@ -66,7 +67,7 @@ def test_dropout_differs_between_steps_and_layers(dataset, model, monkeypatch):
     torch.manual_seed(0)
     net = build(Config.make(model, **SMALL | {"dropout": 0.5, "layers": 2}), dataset).train()
     items, cu = histories(dataset, 9)
-    sequence = torch.repeat_interleave(torch.arange(9), cu.diff().long())
+    tokens = net.history(items, cu)
     used, held = [], {}
     packed = DistanceMaskedAttention.packed
 
@@ -79,7 +80,7 @@ def test_dropout_differs_between_steps_and_layers(dataset, model, monkeypatch):
         held.clear()
         held.update(fixed)
         monkeypatch.setattr(blocks, "dropout_masks", masks)
-        first, second, again = (net.encode(items, cu, 8, sequence, step)[0] for step in (5, 6, 5))
+        first, second, again = (net.encode(replace(tokens, step=step))[0] for step in (5, 6, 5))
         assert torch.equal(first, again)
         assert not torch.allclose(first, second, atol=1e-3)
     encoders = 2 if model == "cafe" else 1
@@ -93,9 +94,9 @@ def test_cafe_is_the_sum_of_its_encoders_and_ranks_by_the_product(dataset):
     torch.manual_seed(0)
     net = build(Config.make("cafe", **SMALL), dataset).eval()
     items, cu = histories(dataset, 1)
-    sequence = torch.zeros(len(items), dtype=torch.long)
-    fine = net.item_encoder(net.item_embedding[items], cu, len(items), sequence, 0)[-1]
-    coarse = net.intent_encoder(net.intent_embedding[net.item_intent[items]], cu, len(items), sequence, 0)[-1]
+    tokens = net.history(items, cu)
+    fine = net.item_encoder(net.item_embedding[items], tokens, 0)[-1]
+    coarse = net.intent_encoder(net.intent_embedding[net.item_intent[items]], tokens, 0)[-1]
     product = (
         torch.sigmoid(net.item_embedding @ (fine + coarse))
         * torch.sigmoid(net.intent_embedding @ coarse)[net.item_intent]
@@ -180,7 +181,7 @@ def test_sampled_softmax_by_hand(dataset):
     state = torch.randn(2, 8)
     batch = SimpleNamespace(
         positives=positives, negatives=negatives, positive_log_q=log_q[positives], negative_log_q=log_q[negatives],
-        ignore=ignore, sequence=torch.zeros(2, dtype=torch.long),
+        ignore=ignore, sequence=torch.zeros(2, dtype=torch.long), targets=None,
     )  # fmt: skip
     table = model.embed(torch.arange(dataset.num_items))
     expected = 0.0
@@ -275,7 +276,7 @@ def test_forward_by_hand(dataset, field):
     config, default = (Config.make("cafe", **SMALL, **change) for change in (field, {}))
     net = shaken(config, dataset)
     items, cu = torch.randint(dataset.num_items, (11,), generator=torch.Generator().manual_seed(1)), [0, 8, 11]
-    state, coarse = net.encode(items, torch.tensor(cu, dtype=torch.int32), 8, torch.tensor([0] * 8 + [1] * 3), step=0)
+    state, coarse = net.encode(net.history(items, torch.tensor(cu, dtype=torch.int32)))
 
     def by_hand(config):
         rows = []
@@ -306,13 +307,13 @@ def test_dropout_by_hand(dataset, monkeypatch, block):
         part.attention.dropout = 0.0
     draw = blocks.dropout_masks
     monkeypatch.setattr(blocks, "dropout_masks", lambda *options: made.append(draw(*options)) or made[-1])
-    items, sequence = torch.arange(7), torch.zeros(7, dtype=torch.long)
-    cu = torch.tensor([0, 7], dtype=torch.int32)
+    items = torch.arange(7)
+    tokens = replace(net.history(items, torch.tensor([0, 7], dtype=torch.int32)), step=3)
     embedded = net.item_embedding[items]
-    still = net.encode(items, cu, 7, sequence, 3)[0]
+    still = net.encode(tokens)[0]
     assert not made
     torch.testing.assert_close(still, encoder_by_hand(net.item_encoder, config, embedded, False), rtol=1e-4, atol=1e-4)
-    moved = net.train().encode(items, cu, 7, sequence, 3)[0]
+    moved = net.train().encode(tokens)[0]
     (masks,) = made
     assert masks.shape == (7, 7, 16)
     kept = masks != 0
@@ -327,11 +328,11 @@ def test_dropout_by_hand(dataset, monkeypatch, block):
 def test_dropout_of_attention_weights(dataset, monkeypatch):
     """Alone, in training only, and none where `dropout` is 0."""
     monkeypatch.setattr(blocks, "dropout_masks", lambda shape, *_: torch.ones(shape))
-    items, sequence, cu = torch.arange(7), torch.zeros(7, dtype=torch.long), torch.tensor([0, 7], dtype=torch.int32)
     for p in (0.0, 0.4):
         net = shaken(Config.make("sasrec", **SMALL | {"dropout": p}), dataset)
-        still = net.encode(items, cu, 7, sequence, 3)[0]
-        moved = net.train().encode(items, cu, 7, sequence, 3)[0]
+        tokens = replace(net.history(torch.arange(7), torch.tensor([0, 7], dtype=torch.int32)), step=3)
+        still = net.encode(tokens)[0]
+        moved = net.train().encode(tokens)[0]
         assert torch.equal(still, moved) == (p == 0)
 
 
