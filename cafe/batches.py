@@ -14,6 +14,7 @@ import torch
 
 from cafe.config import Config
 from cafe.data.dataset import Dataset, Sequences
+from cafe.models import MODELS
 from cafe.models.base import Batch
 from cafe_kernels import AliasSampler
 
@@ -26,6 +27,7 @@ class Batches:
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         self.config, self.item_intent = config, dataset.item_intent
+        self.kind, self.num_users, self.num_items = MODELS[config.model], dataset.num_users, dataset.num_items
         self.train = dataset.train()
         self.rows = np.flatnonzero(self.train.lengths >= 2)  # a sequence of one item has nothing to predict
         if len(self.rows) == 0:
@@ -59,31 +61,40 @@ class Batches:
 
     def __call__(self, rows: np.ndarray, step: int) -> Batch:
         """The batch of sequences `rows`; `step` is the number of the training step, which fixes its negatives."""
-        config = self.config
-        sequences = self.train.take(rows, last=config.max_len + 1)
-        lengths = sequences.lengths - 1
+        config, random = self.config, np.random.default_rng([self.config.seed, step, 1])
+        sequences = self.train.take(rows, last=config.max_len + (not self.kind.cloze))
+        # Inputs are all but each sequence's last item, positives all but its first; of a cloze all, and those that are hidden.
+        lengths = sequences.lengths - (not self.kind.cloze)
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        first = np.ones(len(sequences.items), bool)
-        first[sequences.indptr[1:] - 1] = False  # inputs: all but each sequence's last; positives: all but its first
-        inputs = sequences.items[first]
-        last = np.ones(len(sequences.items), bool)
-        last[sequences.indptr[:-1]] = False
-        positives = sequences.items[last]
-        sequence = np.repeat(np.arange(len(rows)), lengths)
+        sequence, targets, users = np.repeat(np.arange(len(rows)), lengths), None, None
+        if self.kind.cloze:
+            inputs, targets = sequences.items, self._hidden(random, cu_seqlens, sequence)
+            positives, asked = inputs[targets], sequence[targets]
+        else:
+            first, last = (np.ones(len(sequences.items), bool) for _ in range(2))
+            first[sequences.indptr[1:] - 1] = False
+            last[sequences.indptr[:-1]] = False
+            inputs, positives, asked = sequences.items[first], sequences.items[last], sequence
+        if self.kind.personal:  # stochastic shared embeddings
+            users = np.where(random.random(len(rows)) < config.sse_user, random.integers(self.num_users, size=len(rows)), rows)
+            other = random.integers(self.num_items, size=len(inputs))
+            inputs = np.where(random.random(len(inputs)) < config.sse_item, other, inputs)
         draw: dict[str, Any] = {"seed": config.seed, "offset": step * DRAWS_A_STEP}
         ignore = None
-        if config.negatives_shared == "batch":
+        if config.loss == "full":
+            negatives = np.arange(self.num_items)
+        elif config.negatives_shared == "batch":
             negatives = self.items.sample((config.negatives,), **draw)
             ignore = torch.from_numpy(self._had(rows, negatives))
         else:
-            users = rows[sequence]
-            negatives = self.items.sample_excluding(self.seen.indptr, self.seen.items, users, config.negatives, **draw)
+            of = rows[asked]
+            negatives = self.items.sample_excluding(self.seen.indptr, self.seen.items, of, config.negatives, **draw)
         intent_negatives = None
         if self.intents is not None and self.seen_intents is not None:
             drawn = self.intents.sample_excluding(
                 self.seen_intents.indptr,
                 self.seen_intents.items,
-                rows[sequence],
+                rows[asked],
                 1,
                 **{**draw, "seed": config.seed + 1},
             )
@@ -93,6 +104,8 @@ class Batches:
             cu_seqlens=torch.from_numpy(cu_seqlens),
             max_seqlen=int(lengths.max()),
             sequence=_long(sequence),
+            targets=None if targets is None else _long(targets),
+            users=None if users is None else _long(users),
             positives=_long(positives),
             negatives=_long(negatives),
             ignore=ignore,
@@ -101,6 +114,14 @@ class Batches:
             intent_negatives=intent_negatives,
             step=step,
         )
+
+    def _hidden(self, random: np.random.Generator, cu_seqlens: np.ndarray, sequence: np.ndarray) -> np.ndarray:
+        """The tokens of a cloze, ascending: a share of all, or each row's last alone; at least one of each row."""
+        last_only = random.random(len(cu_seqlens) - 1) < self.config.mask_last
+        hidden = (random.random(len(sequence)) < self.config.mask_prob) & ~last_only[sequence]
+        none = np.add.reduceat(hidden, cu_seqlens[:-1], dtype=np.int64) == 0
+        hidden[cu_seqlens[1:][none] - 1] = True
+        return np.flatnonzero(hidden)
 
     def _had(self, rows: np.ndarray, negatives: np.ndarray) -> np.ndarray:
         """bool (rows, negatives): which negatives are in the training history of which row."""

@@ -6,7 +6,9 @@ Where the paper and its released code differ, the field's default is the paper's
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin
 
-Model = Literal["cafe", "sasrec", "poprec"]
+Model = Literal[
+    "poprec", "sasrec", "bert4rec", "ssept", "locker", "nova", "fdsa", "bertf", "lockerf", "cafe"
+]  # Table 2, in its order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +36,24 @@ class Config:
     qk_positions: bool = False  # code: position embeddings are added to queries and keys again
     # Items and intents
     compose_items: bool = False  # item embedding = its own + one of its intent
-    join: Literal["log_sigmoid", "log_softmax", "sum"] = "log_sigmoid"  # Eq. 10; code: sum of raw logits
+    # Eq. 10; code: sum of raw logits; item: no joint inference, r^v alone (Table 3)
+    join: Literal["log_sigmoid", "log_softmax", "sum", "item"] = "log_sigmoid"
     calibrate: bool = False  # weight of the intent in the joint score, fitted on validation (1 otherwise)
     # Objective
-    loss: Literal["bce", "softmax"] = "bce"  # Eq. 9, or sampled softmax with log-Q correction
+    loss: Literal["bce", "softmax", "full"] = "bce"  # Eq. 9, sampled softmax with log-Q correction, or softmax over all items
     negatives: int = 1
     negatives_shared: Literal["token", "batch"] = "token"  # who shares a draw of negatives
     negatives_alpha: float = 0.0  # negatives are drawn by popularity^alpha; 0 is uniform
     intent_loss: Literal["bce", "softmax"] = "bce"  # Eq. 9 with one negative, or the full softmax over intents
+    # Of single systems
+    mask_prob: float = 0.2  # BERT4Rec and its kin: share of items hidden from a training sequence
+    mask_last: float = 0.1  # share of sequences of which only the last item is hidden, as when recommending
+    user_dim: int = 32  # SSE-PT: width of a user's embedding, beside the item's
+    sse_user: float = 0.9  # SSE-PT: chance that a user is replaced by a random one in training
+    sse_item: float = 0.1  # SSE-PT: the same of an item read
+    local: Literal["adapt", "initial", "window"] = "adapt"  # LOCKER: what its local heads learn
+    local_heads: int = 1  # LOCKER: of `heads`
+    local_width: int = 3  # LOCKER: half the window; standard deviation of `initial`'s first Gaussian
     # Training
     batch_size: int = 64  # sequences a step
     lr: float = 1e-3
@@ -76,6 +88,8 @@ class Config:
             "patience",
             "valid_every",
             "valid_users",
+            "user_dim",
+            "local_width",
         )
         for name in positive:
             if getattr(self, name) < 1:
@@ -90,6 +104,11 @@ class Config:
         for name in ("weight_decay", "negatives_alpha"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a finite number, not negative")
+        for name in ("mask_prob", "mask_last", "sse_user", "sse_item"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a share in [0, 1]")
+        if self.model in ("locker", "lockerf") and not 1 <= self.local_heads <= self.heads:
+            raise ValueError(f"local_heads={self.local_heads}: expected 1 to heads={self.heads}")
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(map(repr, PRESETS))}")
         if not 0 <= self.seed < 2**31:

@@ -179,10 +179,12 @@ def _count_batch(
     history = holdout.histories.take(rows, last=model.config.max_len)
     items = torch.from_numpy(history.items.astype(np.int64)).to(device)
     cu_seqlens = torch.from_numpy(history.indptr.astype(np.int32)).to(device)
+    users = torch.from_numpy(holdout.users[rows]).to(device)
     if index is not None and isinstance(model, SASRec):
-        return _count_by_index(model, index, dataset, holdout, rows, items, cu_seqlens, intent_weights)
+        return _count_by_index(model, index, dataset, holdout, rows, items, cu_seqlens, users, intent_weights)
+    who: dict[str, Tensor] = {"users": users} if getattr(model, "personal", False) else {}
     if candidates.items is None or candidates.intents is None:
-        item, intent = model.score(items, cu_seqlens)
+        item, intent = model.score(items, cu_seqlens, **who)
         _check_shapes(item, intent, (len(rows), dataset.num_items), (len(rows), dataset.num_intents))
         columns = holdout.answers[rows].astype(np.int64)
         skip_rows, skip_columns = _seen(holdout, rows, dataset.num_items)
@@ -196,7 +198,7 @@ def _count_batch(
             torch.from_numpy(np.where(array < 0, array[:, :1], array).astype(np.int64)).to(device)
             for array in (candidates.items[batch], candidates.intents[batch])
         )
-        item, intent = model.score(items, cu_seqlens, candidates=ids, candidate_intents=intents)
+        item, intent = model.score(items, cu_seqlens, candidates=ids, candidate_intents=intents, **who)
         _check_shapes(item, intent, tuple(ids.shape), tuple(ids.shape))
     item = item.float()
     scores = {"item": item}
@@ -216,10 +218,11 @@ def _count_by_index(
     rows: np.ndarray,
     items: Tensor,
     cu_seqlens: Tensor,
+    users: Tensor,
     intent_weights: Sequence[float],
 ) -> dict[str, Tensor]:
     """As `_count_batch`, among the whole catalog."""
-    state, intent_state = model.states(items, cu_seqlens)
+    state, intent_state = model.states(items, cu_seqlens, users)
     skip_rows, skip_columns = _seen(holdout, rows, dataset.num_items)
     indptr = torch.from_numpy(np.searchsorted(skip_rows, np.arange(len(rows) + 1)))
     exclude = indptr, torch.from_numpy(skip_columns)

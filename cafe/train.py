@@ -238,8 +238,8 @@ class Optimizers(NamedTuple):
 
 
 def place(model: Model, device: torch.device, on_host: bool) -> None:
-    """Moves the model to `device`, `on_host` without its tables, which stay on the CPU."""
-    names = [name for name, p in model.named_parameters() if on_host and any(p is table for table in model.tables())]
+    """Moves the model to `device`, `on_host` without its item table, which stays on the CPU."""
+    names = [name for name, p in model.named_parameters() if on_host and p is model.tables()[0]]
     kept = {name: model._parameters.pop(name) for name in names}
     model.to(device)
     model._parameters.update(kept)
@@ -263,7 +263,9 @@ def train_step(model: Model, optimizers: Optimizers, batch: Batch) -> torch.Tens
     torch.manual_seed(model.config.seed * STREAMS + batch.step)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    rows_read = model.rows_read(batch) if batch.rows is None else [batch.rows]
+    rows_read = model.rows_read(batch)
+    if batch.rows is not None:
+        rows_read[0] = batch.rows
     for table, rows in zip(model.tables(), rows_read, strict=True):
         optimizers.tables.catch_up(table, rows)
     lent: dict[str, torch.Tensor] = {}

@@ -3,13 +3,29 @@
 from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.models.base import Model, Scores
+from cafe.models.bert4rec import BERT4Rec
 from cafe.models.cafe import CAFE
+from cafe.models.fdsa import BERTF, FDSA, LOCKERF
+from cafe.models.locker import LOCKER
+from cafe.models.nova import NOVA
 from cafe.models.poprec import PopRec
 from cafe.models.sasrec import SASRec
+from cafe.models.ssept import SSEPT
 
-__all__ = ["CAFE", "Model", "PopRec", "SASRec", "Scores", "build"]
+__all__ = ["MODELS", "Model", "SASRec", "Scores", "build"]
 
-MODELS: dict[str, type[Model]] = {"cafe": CAFE, "sasrec": SASRec, "poprec": PopRec}
+MODELS: dict[str, type[Model]] = {
+    "poprec": PopRec,
+    "sasrec": SASRec,
+    "bert4rec": BERT4Rec,
+    "ssept": SSEPT,
+    "locker": LOCKER,
+    "nova": NOVA,
+    "fdsa": FDSA,
+    "bertf": BERTF,
+    "lockerf": LOCKERF,
+    "cafe": CAFE,
+}
 
 
 def build(config: Config, dataset: Dataset) -> Model:

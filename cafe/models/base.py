@@ -19,30 +19,44 @@ class Scores(NamedTuple):
     intent: Tensor | None
 
 
-@dataclass
-class Batch:
-    """Packed training sequences: at token t of a sequence the model has seen items up to t and must name `positives[t]`.
+@dataclass(kw_only=True)
+class Tokens:
+    """Packed histories, as an encoder reads them.
 
-    items, positives: int64 (T,); cu_seqlens: int32 (B + 1); max_seqlen: int; sequence: int64 (T,), each token's row.
-    negatives: int64 (T, K), or (K,) shared by the batch, and then ignore: bool (B, K), which of them a row's user has had.
-    negative_log_q: log of the expected count of each draw, like negatives; positive_log_q (T,) likewise.
-    intent_negatives: int64 (T, 1) where intents are trained with one negative.
+    items: int64 (T,); cu_seqlens: int32 (B + 1); max_seqlen: int; sequence: int64 (T,), each token's row.
+    targets: int64 (M,), for a cloze: the tokens whose items are hidden. None hides nothing.
+    users: int64 (B,), each row's user in the dataset; None where they are not known.
     step: number of the training step; with the seed it fixes every random choice.
-    rows: int64 (n,), with a table in host memory: the items of the batch, ascending; items, positives and negatives are then
-        numbers of these rows. It stays on the host.
     """
 
     items: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
     sequence: Tensor
+    targets: Tensor | None = None
+    users: Tensor | None = None
+    step: int = 0
+
+
+@dataclass(kw_only=True)
+class Batch(Tokens):
+    """Training sequences: at token t of a sequence the model has seen items up to t and must name `positives[t]`; in a cloze it
+    has seen all but the hidden ones, and must name `positives[m]` at token `targets[m]`. N is T or M.
+
+    positives: int64 (N,).
+    negatives: int64 (N, K), or (K,) shared by the batch, and then ignore: bool (B, K), which of them a row's user has had.
+    negative_log_q: log of the expected count of each draw, like negatives; positive_log_q (N,) likewise.
+    intent_negatives: int64 (N, 1) where intents are trained with one negative.
+    rows: int64 (n,), with a table in host memory: the items of the batch, ascending; items, positives and negatives are then
+        numbers of these rows. It stays on the host.
+    """
+
     positives: Tensor
     negatives: Tensor
-    ignore: Tensor | None
-    negative_log_q: Tensor | None
-    positive_log_q: Tensor | None
-    intent_negatives: Tensor | None
-    step: int
+    ignore: Tensor | None = None
+    negative_log_q: Tensor | None = None
+    positive_log_q: Tensor | None = None
+    intent_negatives: Tensor | None = None
     rows: Tensor | None = None
 
     def of_its_rows(self) -> "Batch":
@@ -72,6 +86,8 @@ class Batch:
 class Model(nn.Module):
     """Base of all models: knows its configuration and its catalog."""
 
+    cloze = False  # trained to fill gaps, and asked for the gap behind a history
+    personal = False  # reads who the user is
     item_intent: Tensor
     intent_weight: Tensor
 
@@ -88,6 +104,7 @@ class Model(nn.Module):
         cu_seqlens: Tensor,
         candidates: Tensor | None = None,
         candidate_intents: Tensor | None = None,
+        users: Tensor | None = None,
     ) -> Scores:
         """Logits for what follows each history.
 
@@ -96,6 +113,7 @@ class Model(nn.Module):
             candidates: int64 (B, K) items to score, or None for all: then item logits are (B, num_items) and intent
                 logits (B, num_intents), to be gathered by each item's intent.
             candidate_intents: int64 (B, K), by default each candidate's own (Eq. 10).
+            users: int64 (B,), the histories' users in the dataset, for a `personal` model; None where they are not known.
         """
         raise NotImplementedError(f"{type(self).__name__}.score")
 

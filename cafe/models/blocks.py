@@ -7,6 +7,7 @@ Two forms of SASRec's block, by `config.block`:
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,47 +16,59 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, embedding
 
 from cafe.config import Config
+from cafe.models.base import Tokens
 from cafe_kernels.attention import DistanceMaskedAttention
 
 Masks = Tensor | tuple[float, ...]  # what dropout multiplies its three places in a block by
 SITES = 3  # attention's output, the feed-forward's inner and outer ones
 
 
+def make_attention(
+    config: Config,
+    max_distance: int | None = None,
+    kind: type[DistanceMaskedAttention] = DistanceMaskedAttention,
+    **options: Any,
+) -> DistanceMaskedAttention:
+    """The attention of a block: plain, or with a distance mask for sequences of up to `max_distance` tokens."""
+    return kind(
+        config.dim,
+        config.heads,
+        max_distance,
+        dropout=config.dropout,
+        bias=config.attention_bias,
+        score_scale=config.score_scale,
+        **{"mask_reads": config.mask_reads} | options,
+    )
+
+
 class Block(nn.Module):
-    def __init__(self, config: Config, mask: bool) -> None:
+    def __init__(self, config: Config, attention: DistanceMaskedAttention) -> None:
         super().__init__()
         d = config.dim
         self.config = config
         self.norm_attention, self.norm_feed_forward = nn.LayerNorm(d, eps=1e-8), nn.LayerNorm(d, eps=1e-8)
-        self.attention = DistanceMaskedAttention(
-            d,
-            config.heads,
-            config.max_len if mask else None,
-            dropout=config.dropout,
-            bias=config.attention_bias,
-            score_scale=config.score_scale,
-            mask_reads=config.mask_reads,
-        )
+        self.attention = attention
         self.inner, self.outer = nn.Linear(d, d), nn.Linear(d, d)
 
     def forward(
         self,
         x: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
+        tokens: Tokens,
         positions: Tensor | None,
+        side: Tensor | None,
         masks: Masks,
         seed: int,
         offset: int,
     ) -> Tensor:
-        options: dict[str, Any] = {"max_seqlen": max_seqlen, "positions": positions, "seed": seed, "offset": offset}
+        options: dict[str, Any] = {"max_seqlen": tokens.max_seqlen, "positions": positions, "seed": seed, "offset": offset}
         query = self.norm_attention(x)
         if self.config.block == "query_norm":
-            attended = self.attention.packed(query, cu_seqlens, key_value=x, **options).to(x.dtype)
+            attended = self.attention.packed(query, tokens.cu_seqlens, key_value=x, **options).to(x.dtype)
             x = attended.mul_(masks[0]).add_(query)
             normed = x = self.norm_feed_forward(x)
         else:
-            attended = self.attention.packed(query, cu_seqlens, **options).to(x.dtype)
+            steered = query if side is None else query + side
+            attended = self.attention.packed(steered, tokens.cu_seqlens, value=query, **options).to(x.dtype)
             x = attended.mul_(masks[0]).add_(x)
             normed = self.norm_feed_forward(x)
         inner = self.inner(normed).mul_(masks[1]).relu_()  # a mask is not negative: ReLU and dropout commute
@@ -68,28 +81,32 @@ class Encoder(nn.Module):
     Positions count from the newest token, as left padding has it: the last token of every sequence reads row n - 1.
     """
 
-    def __init__(self, config: Config, mask: bool = False) -> None:
+    def __init__(self, config: Config, attention: Callable[[Config], DistanceMaskedAttention] = make_attention) -> None:
         super().__init__()
         self.config = config
         self.position = nn.Parameter(torch.randn(config.max_len, config.dim).mul_(config.init_std))
-        self.blocks = nn.ModuleList(Block(config, mask) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, attention(config)) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim, eps=1e-8)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, sequence: Tensor, stream: int) -> Tensor:
-        """sequence: int64 (T,), each token's row. stream: number that no other call of the run has; fixes the dropout."""
+    def forward(self, x: Tensor, tokens: Tokens, stream: int, side: Tensor | None = None) -> Tensor:
+        """stream: number that no other call of the run has; fixes the dropout.
+        side: (T, d), what steers queries and keys beside x (NOVA): with the positions, which then do not enter x."""
         config = self.config
         token = torch.arange(len(x), device=x.device)
-        positions = embedding(config.max_len - cu_seqlens.long()[sequence + 1] + token, self.position)
+        behind = tokens.cu_seqlens.long()[tokens.sequence + 1] - token
+        positions = embedding(config.max_len - behind, self.position)
         masks: Masks = (1.0,) * (1 + SITES * config.layers)
         if self.training and config.dropout:
             masks = dropout_masks((len(masks), *x.shape), config.dropout, [config.seed, stream], x.device)
-        x = torch.add(positions, x, alpha=config.dim**0.5 if config.scale_embeddings else 1.0).mul_(masks[0])
+        scale = config.dim**0.5 if config.scale_embeddings else 1.0
+        if side is None:
+            x = torch.add(positions, x, alpha=scale).mul_(masks[0])
+        else:
+            x, side = x * scale * masks[0], side + positions
         in_attention = positions if config.qk_positions else None
         for number, block in enumerate(self.blocks):
             of_block = masks[1 + SITES * number :][:SITES]
-            x = block(
-                x, cu_seqlens, max_seqlen, in_attention, of_block, config.seed, stream * len(self.blocks) + number
-            )
+            x = block(x, tokens, in_attention, side, of_block, config.seed, stream * len(self.blocks) + number)
         return self.norm(x)
 
 

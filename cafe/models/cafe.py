@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from cafe.config import Config
 from cafe.data.dataset import Dataset
-from cafe.models.base import RANKINGS, Batch
+from cafe.models.base import RANKINGS, Batch, Tokens
 from cafe.models.blocks import Encoder
 from cafe.models.sasrec import SASRec
 from cafe_kernels.losses import sampled_bce, sampled_softmax
@@ -28,12 +28,10 @@ class CAFE(SASRec):
         self.intent_embedding = nn.Parameter(torch.randn(self.num_intents, config.dim).mul_(config.init_std))
         self.intent_encoder = Encoder(config)
 
-    def encode(
-        self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int, sequence: Tensor, step: int
-    ) -> tuple[Tensor, Tensor | None]:
-        intents = nn.functional.embedding(self.item_intent[items], self.intent_embedding)
-        coarse = self.intent_encoder(intents, cu_seqlens, max_seqlen, sequence, stream=2 * step + 1)
-        fine = self.item_encoder(self.embed(items), cu_seqlens, max_seqlen, sequence, stream=2 * step)
+    def encode(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        intents = nn.functional.embedding(self.item_intent[tokens.items], self.intent_embedding)
+        coarse = self.intent_encoder(intents, tokens, stream=2 * tokens.step + 1)
+        fine = self.item_encoder(self.read(tokens), tokens, stream=2 * tokens.step)
         return fine + coarse, coarse
 
     def intent_logits(self, intent_state: Tensor) -> Tensor:
@@ -41,7 +39,7 @@ class CAFE(SASRec):
         return logits.log_softmax(-1) if self.config.join == "log_softmax" else logits
 
     def loss(self, batch: Batch) -> Tensor:
-        state, coarse = self.encode(batch.items, batch.cu_seqlens, batch.max_seqlen, batch.sequence, batch.step)
+        state, coarse = self.encode(batch)
         assert coarse is not None
         return self.item_loss(state, batch) + self.intent_loss(coarse, batch)
 
@@ -61,6 +59,8 @@ class CAFE(SASRec):
     ) -> tuple[Tensor | None, str]:
         """Eq. 10's logarithm, the intent's part times `intent_weight` (1 unless calibrated)."""
         assert intent_logits is not None
+        if self.config.join == "item":
+            return None, "identity"
         sigmoid = self.config.join == "log_sigmoid"
         scores = logsigmoid(intent_logits) if sigmoid else intent_logits
         factor = self.intent_weight[RANKINGS.index(protocol)] if weight is None else weight
@@ -70,5 +70,4 @@ class CAFE(SASRec):
         self, item_logits: Tensor, intent_logits: Tensor | None, weight: float | None = None, protocol: str = "full"
     ) -> Tensor:
         intents, join = self.joint_terms(intent_logits, weight, protocol)
-        assert intents is not None
-        return JOINS[join](item_logits) + intents
+        return item_logits if intents is None else JOINS[join](item_logits) + intents

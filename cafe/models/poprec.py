@@ -23,6 +23,7 @@ class PopRec(Model):
         cu_seqlens: Tensor,
         candidates: Tensor | None = None,
         candidate_intents: Tensor | None = None,
+        users: Tensor | None = None,
     ) -> Scores:
         if candidates is not None:
             return Scores(self.counts[candidates], None)

@@ -1,5 +1,6 @@
 """SASRec (Kang & McAuley 2018) on packed sequences: one causal encoder over items, tied embeddings. CAFE's backbone (Eq. 1-3)."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,8 +8,8 @@ from torch import Tensor, nn
 
 from cafe.config import Config
 from cafe.data.dataset import Dataset
-from cafe.models.base import Batch, Model, Scores
-from cafe.models.blocks import Encoder, last_tokens
+from cafe.models.base import Batch, Model, Scores, Tokens
+from cafe.models.blocks import Encoder, last_tokens, make_attention
 from cafe_kernels import TopKIndex
 from cafe_kernels.losses import sampled_bce, sampled_softmax
 
@@ -17,13 +18,19 @@ class SASRec(Model):
     """One item encoder; items are scored by R_t . E_v."""
 
     mask = False  # SASRec's attention has theta = 1
+    causal = True
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
         self.item_embedding = nn.Parameter(torch.randn(self.num_items, config.dim).mul_(config.init_std))
         if config.compose_items:
             self.item_intent_embedding = nn.Parameter(torch.randn(self.num_intents, config.dim).mul_(config.init_std))
-        self.item_encoder = Encoder(config, mask=self.mask and config.distance_mask)
+        self.item_encoder = self.make_encoder()
+
+    def make_encoder(self) -> Encoder:
+        """An encoder over items, or of the same kind over intents."""
+        longest = self.config.max_len if self.mask and self.config.distance_mask else None
+        return Encoder(self.config, partial(make_attention, max_distance=longest, causal=self.causal))
 
     def embed(self, items: Tensor) -> Tensor:
         """E_v of `items`, (*items.shape, d): an item's own row, plus that of its intent where items are composed."""
@@ -32,21 +39,25 @@ class SASRec(Model):
             rows = rows + nn.functional.embedding(self.item_intent[items], self.item_intent_embedding)
         return rows
 
-    def encode(
-        self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int, sequence: Tensor, step: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def read(self, tokens: Tokens) -> Tensor:
+        """The item encoder's input, (T, d)."""
+        return self.embed(tokens.items)
+
+    def encode(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """R (T, d) for items and R^c (T, d) for intents, or None."""
-        return self.item_encoder(self.embed(items), cu_seqlens, max_seqlen, sequence, stream=2 * step), None
+        return self.item_encoder(self.read(tokens), tokens, stream=2 * tokens.step), None
 
     def loss(self, batch: Batch) -> Tensor:
-        state, _ = self.encode(batch.items, batch.cu_seqlens, batch.max_seqlen, batch.sequence, batch.step)
-        return self.item_loss(state, batch)
+        return self.item_loss(self.encode(batch)[0], batch)
 
     def item_loss(self, state: Tensor, batch: Batch) -> Tensor:
-        """BCE (Eq. 9) or sampled softmax with log-Q correction over the batch's negatives; state (T, d)."""
+        """BCE (Eq. 9) or softmax, sampled with log-Q correction or over all items; state (T, d)."""
+        sequence = batch.sequence
+        if batch.targets is not None:
+            state, sequence = state[batch.targets], sequence[batch.targets]
         options: dict[str, Any] = {
             "ignore": batch.ignore,
-            "sequence": None if batch.ignore is None else batch.sequence,
+            "sequence": None if batch.ignore is None else sequence,
             "sparse_grad": True,
         }
         if self.config.compose_items:
@@ -63,14 +74,20 @@ class SASRec(Model):
     def rows_read(self, batch: Batch) -> list[Tensor]:
         return [torch.cat([batch.items, batch.positives, batch.negatives.flatten()])]
 
-    def states(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """R and R^c after the newest item of each history, (B, d) each."""
+    def history(self, items: Tensor, cu_seqlens: Tensor, users: Tensor | None = None) -> Tokens:
+        """Packed histories as `encode` reads them to tell what comes next; none may be empty (ValueError)."""
         lengths = cu_seqlens.diff().long()
         if len(lengths) and int(lengths.min()) < 1:
             raise ValueError("a history is empty: there is nothing to encode; recommend popular items instead")
         sequence = torch.repeat_interleave(torch.arange(len(lengths), device=items.device), lengths)
-        item, intent = self.encode(items, cu_seqlens, int(lengths.max()) if len(lengths) else 0, sequence, step=0)
-        last = last_tokens(cu_seqlens)
+        longest = int(lengths.max()) if len(lengths) else 0
+        return Tokens(items=items, cu_seqlens=cu_seqlens, max_seqlen=longest, sequence=sequence, users=users)
+
+    def states(self, items: Tensor, cu_seqlens: Tensor, users: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """R and R^c after the newest item of each history, (B, d) each."""
+        tokens = self.history(items, cu_seqlens, users)
+        item, intent = self.encode(tokens)
+        last = last_tokens(tokens.cu_seqlens)
         return item[last], None if intent is None else intent[last]
 
     def score(
@@ -79,8 +96,9 @@ class SASRec(Model):
         cu_seqlens: Tensor,
         candidates: Tensor | None = None,
         candidate_intents: Tensor | None = None,
+        users: Tensor | None = None,
     ) -> Scores:
-        state, intent_state = self.states(items, cu_seqlens)
+        state, intent_state = self.states(items, cu_seqlens, users)
         if candidates is None:
             item = state @ self.item_embedding.T
             if self.config.compose_items:  # R . (E_v + E_c) by its two parts: no second table is made

@@ -1,5 +1,6 @@
 """Models against their equations written out, on padded single sequences."""
 
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -52,9 +53,7 @@ def test_no_token_sees_what_comes_after_it(dataset):
     states = []
     for tail in ([3, 4], [5, 6]):
         items = torch.tensor([1, 2, *tail])
-        state, coarse = net.encode(
-            items, torch.tensor([0, 4], dtype=torch.int32), 4, torch.zeros(4, dtype=torch.long), 0
-        )
+        state, coarse = net.encode(net.history(items, torch.tensor([0, 4], dtype=torch.int32)))
         states.append(torch.cat([state, coarse], 1))
     torch.testing.assert_close(states[0][:2], states[1][:2])
     assert not torch.allclose(states[0][2:], states[1][2:])
@@ -66,7 +65,7 @@ def test_dropout_differs_between_steps_and_layers(dataset, model, monkeypatch):
     torch.manual_seed(0)
     net = build(Config.make(model, **SMALL | {"dropout": 0.5, "layers": 2}), dataset).train()
     items, cu = histories(dataset, 9)
-    sequence = torch.repeat_interleave(torch.arange(9), cu.diff().long())
+    tokens = net.history(items, cu)
     used, held = [], {}
     packed = DistanceMaskedAttention.packed
 
@@ -79,7 +78,7 @@ def test_dropout_differs_between_steps_and_layers(dataset, model, monkeypatch):
         held.clear()
         held.update(fixed)
         monkeypatch.setattr(blocks, "dropout_masks", masks)
-        first, second, again = (net.encode(items, cu, 8, sequence, step)[0] for step in (5, 6, 5))
+        first, second, again = (net.encode(replace(tokens, step=step))[0] for step in (5, 6, 5))
         assert torch.equal(first, again)
         assert not torch.allclose(first, second, atol=1e-3)
     encoders = 2 if model == "cafe" else 1
@@ -275,7 +274,7 @@ def test_forward_by_hand(dataset, field):
     config, default = (Config.make("cafe", **SMALL, **change) for change in (field, {}))
     net = shaken(config, dataset)
     items, cu = torch.randint(dataset.num_items, (11,), generator=torch.Generator().manual_seed(1)), [0, 8, 11]
-    state, coarse = net.encode(items, torch.tensor(cu, dtype=torch.int32), 8, torch.tensor([0] * 8 + [1] * 3), step=0)
+    state, coarse = net.encode(net.history(items, torch.tensor(cu, dtype=torch.int32)))
 
     def by_hand(config):
         rows = []
@@ -306,13 +305,13 @@ def test_dropout_by_hand(dataset, monkeypatch, block):
         part.attention.dropout = 0.0
     draw = blocks.dropout_masks
     monkeypatch.setattr(blocks, "dropout_masks", lambda *options: made.append(draw(*options)) or made[-1])
-    items, sequence = torch.arange(7), torch.zeros(7, dtype=torch.long)
-    cu = torch.tensor([0, 7], dtype=torch.int32)
+    items = torch.arange(7)
+    tokens = replace(net.history(items, torch.tensor([0, 7], dtype=torch.int32)), step=3)
     embedded = net.item_embedding[items]
-    still = net.encode(items, cu, 7, sequence, 3)[0]
+    still = net.encode(tokens)[0]
     assert not made
     torch.testing.assert_close(still, encoder_by_hand(net.item_encoder, config, embedded, False), rtol=1e-4, atol=1e-4)
-    moved = net.train().encode(items, cu, 7, sequence, 3)[0]
+    moved = net.train().encode(tokens)[0]
     (masks,) = made
     assert masks.shape == (7, 7, 16)
     kept = masks != 0
@@ -327,11 +326,11 @@ def test_dropout_by_hand(dataset, monkeypatch, block):
 def test_dropout_of_attention_weights(dataset, monkeypatch):
     """Alone, in training only, and none where `dropout` is 0."""
     monkeypatch.setattr(blocks, "dropout_masks", lambda shape, *_: torch.ones(shape))
-    items, sequence, cu = torch.arange(7), torch.zeros(7, dtype=torch.long), torch.tensor([0, 7], dtype=torch.int32)
     for p in (0.0, 0.4):
         net = shaken(Config.make("sasrec", **SMALL | {"dropout": p}), dataset)
-        still = net.encode(items, cu, 7, sequence, 3)[0]
-        moved = net.train().encode(items, cu, 7, sequence, 3)[0]
+        tokens = replace(net.history(torch.arange(7), torch.tensor([0, 7], dtype=torch.int32)), step=3)
+        still = net.encode(tokens)[0]
+        moved = net.train().encode(tokens)[0]
         assert torch.equal(still, moved) == (p == 0)
 
 

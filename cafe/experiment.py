@@ -1,0 +1,144 @@
+"""Several systems over several seeds from one file, as the paper's Tables 2 and 3: trains what is not there yet, and ranks.
+
+The file is TOML:
+
+    baseline = "SASRec"            # whom the gains are over
+    seeds = 3                      # optional
+    protocols = ["aligned"]        # optional; of "aligned", "full" and "authors"
+
+    [common]                       # optional: options of every system
+    dim = 64
+
+    [systems.SASRec]               # one such part a system, in the order of the tables
+    model = "sasrec"               # and any field of the configuration (cafe.config); `preset` is "paper" unless given
+
+`table2` and `table3` are files that come with the package. A system's seed is a run folder of its own, SYSTEM-SEED, which all commands
+read; a folder that is there is gone on with, so the work can be cut and repeated, and grows with `seeds`.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cafe.config import Config
+from cafe.data.dataset import Dataset
+from cafe.evaluate import evaluate
+from cafe.evaluation import Evaluation
+from cafe.train import fit, load_run
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+BUILT_IN = Path(__file__).with_name("experiments")
+DEFAULTS: dict[str, Any] = {"baseline": None, "seeds": 3, "protocols": ["aligned", "full", "authors"], "common": {}}
+Results = dict[str, dict[str, list[Evaluation]]]  # protocol, system -> the evaluation of each seed
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What `read_experiment` found in a file."""
+
+    systems: dict[str, Config]
+    baseline: str
+    seeds: int
+    protocols: list[str]
+
+
+def read_experiment(path: str | Path) -> Experiment:
+    """The experiment of a file, or of a built-in name ("table2", "table3").
+
+    Raises:
+        FileNotFoundError: neither.
+        ValueError: the file cannot be read, or asks for what does not exist; says what.
+
+    Example:
+        >>> list(read_experiment("table3").systems)[1]
+        '+(1) FDSA'
+    """
+    file = BUILT_IN / f"{path}.toml" if re.fullmatch(r"\w+", str(path)) and not Path(path).exists() else Path(path)
+    if not file.is_file():
+        known = ", ".join(sorted(entry.stem for entry in BUILT_IN.glob("*.toml")))
+        raise FileNotFoundError(f"{path}: no such file, nor one of the experiments that come with the package: {known}")
+    try:
+        content = tomllib.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: cannot be read as TOML ({error})") from None
+    if unknown := content.keys() - DEFAULTS.keys() - {"systems"}:
+        raise ValueError(f"{file}: unknown {', '.join(sorted(unknown))}; there are {', '.join([*DEFAULTS, 'systems'])}")
+    content = DEFAULTS | content
+    parts = content.get("systems")
+    if not isinstance(parts, dict) or not parts or not all(isinstance(part, dict) for part in parts.values()):
+        raise ValueError(f"{file}: no system in it; write a part [systems.NAME] with model = ... for each")
+    systems = {}
+    for name, part in parts.items():
+        try:
+            systems[name] = Config.make(**{"preset": "paper"} | content["common"] | part)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: systems.{name}: {error}") from None
+    slugs = [slug(name) for name in systems]
+    if len(set(slugs)) < len(slugs):
+        raise ValueError(f"{file}: two systems would share a run folder ({', '.join(slugs)}): rename one")
+    baseline = content["baseline"] or next(iter(systems))
+    if baseline not in systems:
+        raise ValueError(f"{file}: baseline {baseline!r} is not one of the systems: {', '.join(systems)}")
+    if type(content["seeds"]) is not int or content["seeds"] < 1:
+        raise ValueError(f"{file}: seeds={content['seeds']!r}: expected a whole number from 1 on")
+    if wrong := set(content["protocols"]) - set(DEFAULTS["protocols"]):
+        raise ValueError(f"{file}: no protocol {wrong.pop()!r}; there are {', '.join(DEFAULTS['protocols'])}")
+    return Experiment(systems, baseline, content["seeds"], list(content["protocols"]))
+
+
+def run_experiment(
+    experiment: Experiment,
+    data: str | Path,
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    progress: Callable[[str, int], Callable[[dict[str, Any]], None]] = lambda name, seed: lambda event: None,
+) -> Results:
+    """Trains what is missing in the folder `out` and ranks it on the test answers.
+
+    Args:
+        data: a prepared dataset.
+        progress: called with the name and seed of each training that begins, returns `fit`'s `progress`.
+
+    Returns:
+        For each protocol and system the evaluations of its seeds.
+
+    Raises:
+        ValueError: a run folder in `out` is of another configuration or dataset.
+    """
+    data, out = Path(data), Path(out)
+    dataset = Dataset.load(data)
+    results: Results = {protocol: {name: [] for name in experiment.systems} for protocol in experiment.protocols}
+    for seed, name, config in _runs(experiment):
+        run = out / f"{slug(name)}-{seed}"
+        fit(config, dataset, run, data=data, resume=(run / "config.json").exists(), device=device, progress=progress(name, seed))
+        for protocol in experiment.protocols:
+            results[protocol][name].append(_ranked(run, name, dataset, protocol))
+    return results
+
+
+def _runs(experiment: Experiment) -> Iterator[tuple[int, str, Config]]:
+    """Every seed of the first systems before the next seed, so that a cut leaves whole tables."""
+    for seed in range(experiment.seeds):
+        for name, config in experiment.systems.items():
+            yield seed, name, Config(**vars(config) | {"seed": seed})
+
+
+def _ranked(run: Path, name: str, dataset: Dataset, protocol: str) -> Evaluation:
+    file = run / f"test-{protocol}.npz"
+    if not file.exists() or file.stat().st_mtime_ns < (run / "best.safetensors").stat().st_mtime_ns:
+        model, _ = load_run(run)
+        evaluate(model, dataset, "test", protocol, batch_size=1024, name=name).save(file)
+    return Evaluation.load(file)
+
+
+def slug(name: str) -> str:
+    """The name of a system as that of a folder."""
+    return re.sub(r"[^\w+-]+", "-", name).strip("-").lower() or "system"
