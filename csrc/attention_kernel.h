@@ -81,24 +81,40 @@ TARGET inline void draw_mask(const Problem& p, int64_t head, int64_t token, int6
         }
 }
 
-// to[r][j] = x[i + r] . y[j] for r < m and j <= i + r < W; what follows in the row, the biases hide.
-template <class T>
-TARGET void dots_of_strip(int64_t i, int64_t m, const T* x, const T* y, int64_t stride, int64_t dim, float* to, int64_t to_stride) {
-    for (int64_t r = 0; r < m; ++r) store(to + r * to_stride, dots(x + (i + r) * stride, y, stride, i + r + 1, dim));
+// to[r][j] = x[i + r] . y[j] for r < m and all j < n <= W that row i + r sees; what follows in the row is hidden later.
+template <bool kCausal, class T>
+TARGET void dots_of_strip(int64_t i, int64_t m, int64_t n, const T* x, const T* y, int64_t stride, int64_t dim, float* to,
+                          int64_t to_stride) {
+    for (int64_t r = 0; r < m; ++r)
+        store(to + r * to_stride, dots(x + (i + r) * stride, y, stride, kCausal ? i + r + 1 : n, dim));
 }
 
-struct Block {  // queries first ... first + rows - 1 against keys key ... key + keys - 1
-    int64_t first, rows, key;
+struct Block {  // queries first ... first + rows - 1 against keys key ... key + keys - 1 of n
+    int64_t first, rows, key, n, ahead;
     int64_t keys(int64_t strip, int64_t strip_rows) const {  // that some query of a strip of it sees
-        return std::min(kKeys, first + strip + strip_rows - key);
+        return std::min(kKeys, std::min(n, first + strip + strip_rows + ahead) - key);
     }
 };
 
-template <class T>
+// Logits of the keys from `key` on, with their biases, which hide what is after a causal query; else what is after the n
+// keys of the sequence has to be hidden too.
+template <bool kCausal>
+INLINE Vector logits_of(float scale, const float* products, const float* bias, int64_t key, int64_t n) {
+    Vector logits = add_bias(scale * load(products), bias + key);
+    if constexpr (!kCausal) {
+        Ints lane;
+        for (int l = 0; l < W; ++l) lane[l] = l;
+        logits = lane < int32_t(n - key) ? logits : -std::numeric_limits<float>::infinity() + Vector{};
+    }
+    return logits;
+}
+
+template <bool kCausal, class T>
 TARGET void forward(const Problem& p, const Tensors<T>& t, int64_t sequence, int64_t head, Room& room) {
     const int64_t begin = p.cu_seqlens[sequence], n = p.cu_seqlens[sequence + 1] - begin, dim = p.dim;
     const int64_t stride = p.heads * dim, start = begin * stride + head * dim, vectors = (dim + W - 1) / W;
     const int64_t columns = vectors * W, padded = (dim + kPanel - 1) / kPanel * kPanel;
+    const int64_t ahead = kCausal ? 0 : p.ahead;
     const bool brief = n <= W;
     if (n == 0) return;
     room.reset(padded * (2 * n + kPanel) + n * (dim + columns) + 2 * (kRows + W) * kKeys + 2 * kQueries + 1024);
@@ -114,15 +130,16 @@ TARGET void forward(const Problem& p, const Tensors<T>& t, int64_t sequence, int
     const float* bias = p.bias + head * p.bias_stride + p.longest - 1;
 
     for (int64_t first = 0; first < n; first += kQueries) {
-        const int64_t rows = std::min(kQueries, n - first), seen = std::max(int64_t(0), first - p.window) / kKeys * kKeys;
+        const int64_t rows = std::min(kQueries, n - first), seen = std::max(int64_t(0), first - p.reach) / kKeys * kKeys;
+        const int64_t end = std::min(n, first + kQueries + ahead);
         std::fill_n(top, rows, std::numeric_limits<float>::lowest());
         std::fill_n(sum, rows, 0.0f);
-        for (int64_t key = seen; key < first + rows; key += kKeys) {
-            const bool last = key + kKeys >= first + rows;
+        for (int64_t key = seen; key < end; key += kKeys) {
+            const bool last = key + kKeys >= end;
             for (int64_t strip = 0; strip < rows; strip += kRows) {
                 const int64_t m = std::min<int64_t>(kRows, rows - strip), i = first + strip;
-                const int64_t depth = Block{first, rows, key}.keys(strip, m), across = (depth + W - 1) / W;
-                if (brief) dots_of_strip(i, m, t.q + start, t.k + start, stride, dim, weights, kKeys);
+                const int64_t depth = Block{first, rows, key, n, ahead}.keys(strip, m), across = (depth + W - 1) / W;
+                if (brief) dots_of_strip<kCausal>(i, m, n, t.q + start, t.k + start, stride, dim, weights, kKeys);
                 else
                     multiply<false>(m, across, dim, q.x + i * q.stride, q.stride, {keys + key * dim, kPanel, dim * kPanel},
                                     kOnes, false, weights, kKeys);
@@ -133,7 +150,7 @@ TARGET void forward(const Problem& p, const Tensors<T>& t, int64_t sequence, int
                     float* w = weights + r * kKeys;
                     Vector highest = top[row] + Vector{}, total = {};
                     for (int64_t x = 0; x < across * W; x += W) {
-                        Vector logit = add_bias(p.scale * load(w + x), bias - (i + r) + key + x);
+                        Vector logit = logits_of<kCausal>(p.scale, w + x, bias - (i + r), key + x, n);
                         store(w + x, logit);
                         highest = larger(logit, highest);
                     }
@@ -162,24 +179,25 @@ TARGET void forward(const Problem& p, const Tensors<T>& t, int64_t sequence, int
     finish(out, t.out + start, stride, n, dim);
 }
 
-// dbias[t] += the sum of dS over its diagonal t = i - j. dbias is reversed, as bias is, so that a vector of diagonals is a
+// dbias[t] += the sum of dS over its diagonal t = i - j >= -ahead. dbias is reversed, as bias is, so that a vector of diagonals is a
 // vector of one row of dS, and moves by one from row to row.
 TARGET inline void add_diagonals(const Block& b, const float* ds, float* dbias) {
-    const int64_t apart = b.first - b.key;
-    for (int64_t t = std::max<int64_t>(0, apart - kKeys + 1); t < apart + b.rows; t += W) {
+    const int64_t apart = b.first - b.key, width = b.keys(0, b.rows);
+    for (int64_t t = std::max(-b.ahead, apart - width + 1); t < apart + b.rows; t += W) {
         const int64_t left = apart - t - W + 1;  // the column of the vector in row 0
-        const int64_t from = std::max<int64_t>(0, t - apart), to = std::min(b.rows, kKeys - left);
+        const int64_t from = std::max<int64_t>(0, t - apart), to = std::min(b.rows, width - left);
         Vector sum = {};
         for (int64_t r = from; r < to; ++r) sum += load(ds + r * kStride + left + r);
         store(dbias - t - W + 1, sum + load(dbias - t - W + 1));
     }
 }
 
-template <class T>
+template <bool kCausal, class T>
 TARGET void backward(const Problem& p, const Gradients<T>& t, int64_t sequence, int64_t head, float* dbias, Room& room) {
     const int64_t begin = p.cu_seqlens[sequence], n = p.cu_seqlens[sequence + 1] - begin, dim = p.dim;
     const int64_t stride = p.heads * dim, start = begin * stride + head * dim, vectors = (dim + W - 1) / W;
     const int64_t columns = vectors * W, padded = (dim + kPanel - 1) / kPanel * kPanel;
+    const int64_t ahead = kCausal ? 0 : p.ahead;
     const bool brief = n <= W;
     if (n == 0) return;
     const int64_t tile = kQueries * kStride + W;
@@ -208,16 +226,17 @@ TARGET void backward(const Problem& p, const Gradients<T>& t, int64_t sequence, 
     dbias += p.longest - 1;
 
     for (int64_t first = 0; first < n; first += kQueries) {
-        const int64_t rows = std::min(kQueries, n - first), seen = std::max(int64_t(0), first - p.window) / kKeys * kKeys;
-        for (int64_t key = seen; key < first + rows; key += kKeys) {
-            const Block block{first, rows, key};
+        const int64_t rows = std::min(kQueries, n - first), seen = std::max(int64_t(0), first - p.reach) / kKeys * kKeys;
+        const int64_t end = std::min(n, first + kQueries + ahead);
+        for (int64_t key = seen; key < end; key += kKeys) {
+            const Block block{first, rows, key, n, ahead};
             for (int64_t strip = 0; strip < rows; strip += kRows) {
                 const int64_t m = std::min<int64_t>(kRows, rows - strip), i = first + strip;
                 const int64_t depth = block.keys(strip, m), across = (depth + W - 1) / W;
                 float *w = weights + strip * kStride, *d = ds + strip * kStride;
                 if (brief) {
-                    dots_of_strip(i, m, t.q + start, t.k + start, stride, dim, w, kStride);
-                    dots_of_strip(i, m, t.grad_out + start, t.v + start, stride, dim, d, kStride);
+                    dots_of_strip<kCausal>(i, m, n, t.q + start, t.k + start, stride, dim, w, kStride);
+                    dots_of_strip<kCausal>(i, m, n, t.grad_out + start, t.v + start, stride, dim, d, kStride);
                 } else {
                     multiply<false>(m, across, dim, q.x + i * q.stride, q.stride,
                                     {keys_transposed + key * dim, kPanel, dim * kPanel}, kOnes, false, w, kStride);
@@ -234,20 +253,21 @@ TARGET void backward(const Problem& p, const Gradients<T>& t, int64_t sequence, 
                     const float delta = sum_of(products);
                     for (int64_t x = 0; x < across * W; x += W) {
                         float *at = w + r * kStride + x, *dat = d + r * kStride + x;
-                        Vector weight = exponential(add_bias(p.scale * load(at), bias - (i + r) + key + x) - lse);
+                        Vector weight = exponential(logits_of<kCausal>(p.scale, at, bias - (i + r), key + x, n) - lse);
                         Vector keep = p.threshold ? load(mask + r * kKeys + x) : 1 + Vector{};
                         store(at, weight * keep);
                         store(dat, weight * (load(dat) * keep - delta));
                     }
+                    if constexpr (!kCausal) store(d + r * kStride + across * W, Vector{});  // for add_diagonals
                 }
                 multiply<false>(m, vectors, depth, d, kStride, keys.from(key), scales, key > seen, dq.x + i * dq.stride,
                                 dq.stride);
             }
             const int64_t width = block.keys(0, rows);
             for (int64_t strip = 0; strip < width; strip += kRows) {  // of keys; queries before them do not see them
-                const int64_t m = std::min<int64_t>(kRows, width - strip), from = std::max<int64_t>(0, key + strip - first);
+                const int64_t m = std::min<int64_t>(kRows, width - strip), from = std::max<int64_t>(0, key + strip - ahead - first);
                 const int64_t at = key + strip, tile_at = from * kStride + strip;
-                const bool add = first > at;  // the first queries that see a key are its own block's
+                const bool add = first > 0 && first + ahead > at;  // the block before saw as far as that
                 multiply<true>(m, vectors, rows - from, weights + tile_at, kStride, gradients.from(first + from), kOnes, add,
                                dv.x + at * dv.stride, dv.stride);
                 multiply<true>(m, vectors, rows - from, ds + tile_at, kStride, queries.from(first + from), scales, add,

@@ -1,4 +1,4 @@
-"""`distance_attention`: causal attention with a learned per-head log-theta distance bias on packed sequences (Eq. 5-6)."""
+"""`distance_attention`: attention with a learned per-head log-theta distance bias on packed sequences (Eq. 5-6)."""
 
 import numpy as np
 import torch
@@ -23,23 +23,27 @@ def distance_attention(
     *,
     max_seqlen: int | None = None,
     scale: float | None = None,
+    causal: bool = True,
     window: int | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
     offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """Causal attention whose weights are softmax_j(scale * q_i . k_j + log_theta[i - j]), per sequence and head.
+    """Attention whose weights are softmax_j(scale * q_i . k_j + log_theta[i - j]), per sequence and head.
 
     Args:
         q, k, v: (total, H, D) packed tokens with `cu_seqlens`, or (B, H, N, D) padded to one length without.
-        log_theta: (H, n_max) float32 (or q's dtype), the bias by distance i - j, n_max at least the longest sequence;
+        log_theta: (H, n_max) float32 (or q's dtype), the bias by distance i - j, n_max at least the longest sequence; without
+            `causal` (H, 2 n_max - 1), with distance 0 in the middle, column n_max - 1, and the past to the right of it.
             None means zero (plain attention). -inf hides a distance; float32 sums carry an error of 6e-8 times its size.
         cu_seqlens: int32 (B + 1), where each sequence begins; from 0 to total. Sequences may be empty.
         max_seqlen: the longest sequence, to spare its computation. On a GPU, where looking at values waits for all work before
             them, cu_seqlens is checked only without it; in a compiled reference, which cannot look at values, too.
         scale: factor of q . k; default 1 / sqrt(D).
-        window: each token sees itself and at most so many tokens before it; None means all.
+        causal: each token sees itself and what is before it; False: all tokens of its sequence.
+        window: each token sees itself and at most so many tokens before it; without `causal` those with |i - j| < window, so
+            itself alone for 1. None means all.
         dropout_p: share of the attention weights dropped, by Philox keyed with (seed, offset).
         seed: needed with dropout; the same seed and offset give the same mask on every backend.
         backend: "reference" (PyTorch, any dtype), "cpu" (C++), "triton" (sequences to 8,192 tokens, D to 256; a NaN may spread to
@@ -76,6 +80,8 @@ def distance_attention(
             raise ValueError(f"{name} must be an integer, got {value!r}")
     if scale is not None and not isinstance(scale, NUMBERS):
         raise ValueError(f"scale must be a number, got {scale!r}; one that is learned belongs into q")
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal must be True or False, got {causal!r}")
     if not q.is_floating_point():
         raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
     if cu_seqlens is None:
@@ -89,7 +95,7 @@ def distance_attention(
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
         out = distance_attention(
-            q, k, v, log_theta, cu_seqlens, max_seqlen=length, scale=scale, window=window,
+            q, k, v, log_theta, cu_seqlens, max_seqlen=length, scale=scale, causal=causal, window=window,
             dropout_p=dropout_p, seed=seed, offset=offset, backend=backend,
         )  # fmt: skip
         return out.unflatten(0, (batch, length)).transpose(1, 2)
@@ -108,14 +114,23 @@ def distance_attention(
     if log_theta is not None:
         if log_theta.dim() != 2 or log_theta.shape[0] != q.shape[1] or not log_theta.is_floating_point():
             raise ValueError(
-                f"log_theta must be (H={q.shape[1]}, n_max) of floats, got {log_theta.dtype} {tuple(log_theta.shape)}"
+                f"log_theta must be (H={q.shape[1]}, {'n_max' if causal else '2 n_max - 1'}) of floats, "
+                f"got {log_theta.dtype} {tuple(log_theta.shape)}"
+            )
+        if not causal and log_theta.shape[1] % 2 == 0:
+            raise ValueError(
+                f"causal=False needs a log_theta of 2 n_max - 1 columns, distance 0 in the middle, got {log_theta.shape[1]}: "
+                "a table of n_max columns is for causal=True"
             )
         if log_theta.device != q.device:
             raise ValueError(f"log_theta is on {log_theta.device}, q on {q.device}")
-        if max_seqlen is not None and log_theta.shape[1] < max_seqlen:
-            raise ValueError(f"max_seqlen={max_seqlen} but log_theta covers distances below {log_theta.shape[1]}")
-    if window is not None and window < 0:
-        raise ValueError(f"window must not be negative, got {window}; None sees all")
+        if max_seqlen is not None and ops.covered(log_theta, causal) < max_seqlen:
+            raise ValueError(f"max_seqlen={max_seqlen} but {ops.too_short(log_theta, causal)}")
+    if window is not None and window < (not causal):
+        least = "must not be negative" if causal else "must be at least 1 without causal, a token itself"
+        raise ValueError(f"window {least}, got {window}; None sees all")
+    if window is not None and not causal:
+        window -= 1  # from here on the largest distance that is seen
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p and seed is None:
@@ -126,12 +141,12 @@ def distance_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose_backend(backend, ops.backend_module, q)
     if chosen == "reference" and not q.is_meta:  # of a tensor without values the operator knows the shape
-        longest = ops.longest_to_pad_to(cu_seqlens, len(q), max_seqlen or 0, log_theta)
+        longest = ops.longest_to_pad_to(cu_seqlens, len(q), max_seqlen or 0, log_theta, causal)
         return reference.distance_attention(
-            q, k, v, log_theta, cu_seqlens, longest, scale, window, dropout_p, seed, offset
+            q, k, v, log_theta, cu_seqlens, longest, scale, causal, window, dropout_p, seed, offset
         )
     out, _ = ops.distance_attention(
         q, k, v, None if log_theta is None else log_theta.float(), cu_seqlens, max_seqlen or 0,
-        scale, -1 if window is None else window, dropout_p, seed, offset, chosen,
+        scale, causal, -1 if window is None else window, dropout_p, seed, offset, chosen,
     )  # fmt: skip
     return out

@@ -28,7 +28,7 @@ def forward(
     log_theta: Tensor | None,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    *options: Any,  # scale, window, dropout_p, seed, offset
+    *options: Any,  # scale, causal, window, dropout_p, seed, offset
 ) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     arrays = [array(x) for x in (q, k, v, log_theta, cu_seqlens, out, lse)]

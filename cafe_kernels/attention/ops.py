@@ -1,8 +1,8 @@
 """The fast backends as PyTorch operators: shapes for torch.compile, autograd, and the checks that must see values.
 
 A backend is a module with `unavailable(q) -> str | None` (why it cannot run), `forward` and `backward`, with the arguments of the
-operators below. Its tensors are contiguous, `log_theta` is float32 or None, `window` is -1 for none, `max_seqlen` is known, but in
-the backward of "cpu", which looks for itself.
+operators below. Its tensors are contiguous, `log_theta` is float32 or None, `window` is the largest distance that is seen or -1 for
+all, `max_seqlen` is known, but in the backward of "cpu", which looks for itself.
 
 The operators are registered with torch.library.Library rather than custom_op, whose wrappers take 0.1 ms of a step on a CPU, and
 autograd goes past the dispatcher where it can: short sequences take less time than that.
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPTIONS = "SymInt max_seqlen, float scale, SymInt window, float dropout_p, SymInt seed, SymInt offset, str backend"
+OPTIONS = (
+    "SymInt max_seqlen, float scale, bool causal, SymInt window, float dropout_p, SymInt seed, SymInt offset, str backend"
+)
 INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_theta, Tensor cu_seqlens"
 
 library = torch.library.Library("cafe_kernels", "DEF")  # what it registers lives as long as it does
@@ -37,7 +39,14 @@ def backend_module(name: str) -> ModuleType:
     return triton_backend
 
 
-def longest_sequence(cu_seqlens: Tensor, total: int, max_seqlen: int, log_theta: Tensor | None) -> int:
+def covered(log_theta: Tensor, causal: bool) -> int:
+    """n_max, the longest sequence that log_theta has columns for: all of them, or 2 n_max - 1."""
+    return log_theta.shape[1] if causal else (log_theta.shape[1] + 1) // 2
+
+
+def longest_sequence(
+    cu_seqlens: Tensor, total: int, max_seqlen: int, log_theta: Tensor | None, causal: bool
+) -> int:
     """The longest sequence, after checks of the values. max_seqlen 0: not given. On a GPU, looking at values waits for all work
     before them, so a given max_seqlen is believed there."""
     if cu_seqlens.device.type != "cpu" and max_seqlen:
@@ -49,21 +58,31 @@ def longest_sequence(cu_seqlens: Tensor, total: int, max_seqlen: int, log_theta:
     longest = int(lengths.max()) if len(lengths) else 0
     if max_seqlen and max_seqlen < longest:
         raise ValueError(f"max_seqlen={max_seqlen} but a sequence has {longest} tokens")
-    if log_theta is not None and log_theta.shape[1] < longest:
-        raise ValueError(f"a sequence has {longest} tokens but log_theta covers distances below {log_theta.shape[1]}")
+    if log_theta is not None and covered(log_theta, causal) < longest:
+        raise ValueError(f"a sequence has {longest} tokens but {too_short(log_theta, causal)}")
     return longest
 
 
-def longest_to_pad_to(cu_seqlens: Tensor, total: int, max_seqlen: int, log_theta: Tensor | None) -> int:
+def too_short(log_theta: Tensor, causal: bool) -> str:
+    n_max, columns = covered(log_theta, causal), log_theta.shape[1]
+    two_sided = "" if causal else f": causal=False needs 2 n_max - 1 columns, distance 0 in the middle, and it has {columns}"
+    return f"log_theta covers distances below {n_max}{two_sided}"
+
+
+def longest_to_pad_to(
+    cu_seqlens: Tensor, total: int, max_seqlen: int, log_theta: Tensor | None, causal: bool
+) -> int:
     """longest_sequence of the reference, which torch.compile traces: there a given max_seqlen is believed."""
     if torch.compiler.is_compiling():
-        return max_seqlen or _longest_since_max_seqlen_is_not_given(cu_seqlens, total, log_theta)
-    return longest_sequence(cu_seqlens, total, max_seqlen, log_theta)
+        return max_seqlen or _longest_since_max_seqlen_is_not_given(cu_seqlens, total, log_theta, causal)
+    return longest_sequence(cu_seqlens, total, max_seqlen, log_theta, causal)
 
 
 @torch.compiler.disable  # it looks at values; fullgraph=True names this function in its error
-def _longest_since_max_seqlen_is_not_given(cu_seqlens: Tensor, total: int, log_theta: Tensor | None) -> int:
-    return longest_sequence(cu_seqlens, total, 0, log_theta)
+def _longest_since_max_seqlen_is_not_given(
+    cu_seqlens: Tensor, total: int, log_theta: Tensor | None, causal: bool
+) -> int:
+    return longest_sequence(cu_seqlens, total, 0, log_theta, causal)
 
 
 def forward(
@@ -73,10 +92,10 @@ def forward(
     log_theta: Tensor | None,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    *options: Any,  # scale, window, dropout_p, seed, offset, backend
+    *options: Any,  # scale, causal, window, dropout_p, seed, offset, backend
 ) -> tuple[Tensor, Tensor]:
     """Returns the output, as q, and the log-sum-exp of every row of logits, (H, total) float32."""
-    longest = max(longest_sequence(cu_seqlens, len(q), max_seqlen, log_theta), max_seqlen)
+    longest = max(longest_sequence(cu_seqlens, len(q), max_seqlen, log_theta, options[1]), max_seqlen)
     if len(q) == 0:
         return torch.empty_like(q), q.new_empty(q.shape[1], 0, dtype=torch.float32)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -101,7 +120,7 @@ def backward(
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), _dlog_theta(q, log_theta)
     longest = max_seqlen  # a given one was checked in forward
     if not longest and options[-1] != "cpu":
-        longest = longest_sequence(cu_seqlens, len(q), 0, log_theta)
+        longest = longest_sequence(cu_seqlens, len(q), 0, log_theta, options[1])
     tensors = [x.contiguous() for x in (grad_out, q, k, v)]
     log_theta = None if log_theta is None else log_theta.contiguous()
     dq, dk, dv, dlog_theta = backend_module(options[-1]).backward(
@@ -168,7 +187,7 @@ class _Forward(torch.autograd.Function):
             *gradients, dlog_theta = backward_op(*inputs)
         else:
             *gradients, dlog_theta = _below_autograd(backward_op, backward, inputs)
-        return *gradients, None if saved[3] is None else dlog_theta, *[None] * 8
+        return *gradients, None if saved[3] is None else dlog_theta, *[None] * 9
 
 
 class _Backward(torch.autograd.Function):

@@ -2,7 +2,8 @@
 
     out_i = sum_j softmax_j(scale * q_i . k_j + log_theta[i - j]) v_j        over 0 <= i - j <= window
 
-Causal attention with a Toeplitz bias per head. Eq. 5-6 of CAFE reduce to it exactly: softmax over j is blind to what does
+or, not causal, over |i - j| <= window, with a column of log_theta for each distance -(n_max - 1) ... n_max - 1. Attention with a
+Toeplitz bias per head. Eq. 5-6 of CAFE reduce to it exactly: softmax over j is blind to what does
 not depend on j, so Q_i . W_L and b_L cancel, K_j . W_L joins the query, and D . W_L is a function of i - j alone.
 """
 
@@ -55,13 +56,14 @@ def distance_attention(
     cu_seqlens: Tensor,
     max_seqlen: int,
     scale: float,
+    causal: bool = True,
     window: int | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
     offset: int = 0,
 ) -> Tensor:
-    """q, k, v (total, H, D); log_theta (H, n_max) or None; returns (total, H, D). Any float dtype, fp64 included."""
-    weights = attention_weights(q, k, log_theta, cu_seqlens, max_seqlen, scale, window, dropout_p, seed, offset)
+    """q, k, v (total, H, D); log_theta (H, n_max), not causal (H, 2 n_max - 1), or None; returns (total, H, D). Any float dtype, fp64 included."""
+    weights = attention_weights(q, k, log_theta, cu_seqlens, max_seqlen, scale, causal, window, dropout_p, seed, offset)
     slot = _slots(cu_seqlens, len(q), max_seqlen)
     return (weights @ _pad(v, slot, len(weights), max_seqlen)).transpose(1, 2).flatten(0, 1)[slot]
 
@@ -73,6 +75,7 @@ def attention_weights(
     cu_seqlens: Tensor,
     max_seqlen: int,
     scale: float,
+    causal: bool = True,
     window: int | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
@@ -86,8 +89,15 @@ def attention_weights(
     distance = position[:, None] - position
     logits = _pad(q, slot, batch, max_seqlen) @ _pad(k, slot, batch, max_seqlen).transpose(-1, -2) * scale
     if log_theta is not None:
-        logits = logits + log_theta[:, distance.clamp(min=0)].to(logits.dtype)
-    hidden = (distance < 0) | (distance > (max_seqlen if window is None else window))
+        last = log_theta.shape[1] - 1
+        column = distance + (0 if causal else last // 2)
+        logits = logits + log_theta[:, column.clamp(0, last)].to(logits.dtype)
+    hidden = distance.abs() > (max_seqlen if window is None else window)
+    if causal:
+        hidden = hidden | (distance < 0)
+    else:  # what is after the end, too; the rows there see all, lest a NaN of theirs gets into a gradient
+        token = position < cu_seqlens.diff()[:, None]
+        hidden = ((hidden | ~token[:, None]) & token[:, :, None])[:, None]
     weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
     if dropout_p:
         keep = dropout_keep(torch.arange(total, device=q.device), heads, max_seqlen, dropout_p, seed, offset)

@@ -50,7 +50,7 @@ def forward(
     log_theta: Tensor | None,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    *options: Any,  # scale, window, dropout_p, seed, offset
+    *options: Any,  # scale, causal, window, dropout_p, seed, offset
 ) -> tuple[Tensor, Tensor]:
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         return _kernels(max_seqlen).forward(q, k, v, log_theta, cu_seqlens, max_seqlen, *options)

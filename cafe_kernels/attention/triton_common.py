@@ -23,19 +23,23 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 REDUCED = 16  # distances that one program of the last reduction sums
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# For compile_cases: head width, type, log_theta, dropout. float16, whose code is bfloat16's or shorter, in one width only.
+# For compile_cases: head width, type, log_theta, dropout, causal. float16, whose code is bfloat16's or shorter, in one width only.
 VARIANTS = [
     *(
-        (*shape, extras, extras)
+        (*shape, extras, extras, True)
         for shape in itertools.product((16, 32, 64, 96, 128, 256), ("fp32", "bf16"))
         for extras in (False, True)
     ),
-    *((64, "fp16", extras, extras) for extras in (False, True)),
-    *((width, "bf16", mask, not mask) for width in (64, 256) for mask in (False, True)),
+    *((64, "fp16", extras, extras, True) for extras in (False, True)),
+    *((width, "bf16", mask, not mask, True) for width in (64, 256) for mask in (False, True)),
+    *((*shape, True, True, False) for shape in itertools.product((16, 32, 64, 96, 128, 256), ("fp32", "bf16"))),
+    *((64, dtype, False, False, False) for dtype in ("fp32", "bf16")),
 ]
-UNSPECIALIZED = ["total", "share", "window", "threshold", "seed", "offset", "sequences", "blocks", "programs", "width"]
+UNSPECIALIZED = [
+    "total", "share", "window", "threshold", "seed", "offset", "sequences", "blocks", "programs", "width", "shift",
+]  # fmt: skip
 ARGUMENTS = {
-    "i32": "total share heads distances window sequences programs width blocks",
+    "i32": "total share heads distances window sequences programs width blocks shift",
     "i64": "threshold seed offset",
     "fp32": "scale keep_scale",
     "*i32": "cu_seqlens starts",
@@ -143,21 +147,26 @@ def zero_dropped(x, weights):
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def reduce_kernel(partial, dlog_theta, programs, heads, width, distances, REDUCED: tl.constexpr):
-    """dlog_theta (heads, distances) = the sum of partial (programs, heads, width) over programs, always in the same order."""
+def reduce_kernel(partial, dlog_theta, programs, heads, width, shift, distances, REDUCED: tl.constexpr):
+    """dlog_theta (heads, distances) = the sum of partial (programs, heads, width) over programs, always in the same order. Column t
+    of dlog_theta is column t + shift of partial."""
     head, t = tl.program_id(1), tl.program_id(0) * REDUCED + tl.arange(0, REDUCED)
+    column = t + shift
     total = tl.zeros((64, REDUCED), tl.float32)
     for first in range(0, programs, 64):
         p = first + tl.arange(0, 64)
-        row = partial + (p[:, None].to(tl.int64) * heads + head) * width + t[None, :]
-        total += tl.load(row, mask=(p < programs)[:, None] & (t < width)[None, :], other=0.0)
+        row = partial + (p[:, None].to(tl.int64) * heads + head) * width + column[None, :]
+        there = (t < distances) & (column >= 0) & (column < width)
+        total += tl.load(row, mask=(p < programs)[:, None] & there[None, :], other=0.0)
     tl.store(dlog_theta + head * distances + t, tl.sum(total, 0), mask=t < distances)
 
 
-def reduce(partial: Tensor, dlog_theta: Tensor) -> Tensor:
-    programs, heads, width = partial.shape
-    grid = triton.cdiv(dlog_theta.shape[1], REDUCED), heads
-    reduce_kernel[grid](partial, dlog_theta, programs, heads, width, dlog_theta.shape[1], REDUCED=REDUCED)
+def reduce(partial: Tensor, dlog_theta: Tensor, causal: bool) -> Tensor:
+    """partial (programs, heads, width): distance 0 is in its first column, or, not causal, in the middle one, width / 2."""
+    (programs, heads, width), distances = partial.shape, dlog_theta.shape[1]
+    shift = 0 if causal else width // 2 - distances // 2
+    grid = triton.cdiv(distances, REDUCED), heads
+    reduce_kernel[grid](partial, dlog_theta, programs, heads, width, shift, distances, REDUCED=REDUCED)
     return dlog_theta
 
 

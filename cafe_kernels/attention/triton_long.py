@@ -59,21 +59,34 @@ def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
 
 
 @triton.jit
-def _bias(log_theta, i, j, head, distances, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def _bias(log_theta, i, j, head, distances, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
     """log_theta in base 2 of the queries from i on and the keys from j on. The 2 BLOCK - 1 numbers come out of the L1 cache, which
     takes fewer registers than to spread a vector of them. Called before the blocks' product, whose layout the compiler then keeps."""
     bias = tl.zeros((BLOCK, BLOCK), tl.float32)
     if HAS_BIAS:
-        distance = i - j + tl.arange(0, BLOCK)[:, None] - tl.arange(0, BLOCK)[None, :]
-        bias = tl.load(log_theta + head * distances + tl.minimum(tl.maximum(distance, 0), distances - 1)) * LOG2_E
+        first = i - j if CAUSAL else i - j + distances // 2
+        column = first + tl.arange(0, BLOCK)[:, None] - tl.arange(0, BLOCK)[None, :]
+        bias = tl.load(log_theta + head * distances + tl.minimum(tl.maximum(column, 0), distances - 1)) * LOG2_E
     return bias
 
 
 @triton.jit
-def _logits(logits, bias, i, j, scale, window, BLOCK: tl.constexpr):
-    """In base 2; -inf where a key is not seen: of a distance below 0, which is a large unsigned number, or beyond the window."""
+def _logits(logits, bias, i, j, length, scale, window, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
+    """In base 2; -inf where a key is not seen: of a distance below 0, which is a large unsigned number, or beyond the window; or, not
+    causal, beyond the window on either side or the sequence's end."""
     distance = i - j + tl.arange(0, BLOCK)[:, None] - tl.arange(0, BLOCK)[None, :]
-    return tl.where(distance.to(tl.uint32) <= window.to(tl.uint32), logits * (scale * LOG2_E) + bias, float("-inf"))
+    if CAUSAL:
+        seen = distance.to(tl.uint32) <= window.to(tl.uint32)
+    else:
+        seen = (distance + window).to(tl.uint32) <= (2 * window).to(tl.uint32)
+        seen &= (tl.arange(0, BLOCK) < length - j)[None, :]
+    return tl.where(seen, logits * (scale * LOG2_E) + bias, float("-inf"))
+
+
+@triton.jit
+def _keys_end(i, length, window, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
+    """Before which key the last block of keys begins that the queries from i on see."""
+    return i + BLOCK if CAUSAL else tl.minimum(length, i + BLOCK + window)
 
 
 @triton.jit
@@ -87,7 +100,7 @@ def long_forward(
     q, k, v, log_theta, cu_seqlens, out, lse,
     total, sequences, blocks, heads, distances, scale, window, threshold, keep_scale, seed, offset,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     sequence, head, stride = tl.program_id(0) % sequences, tl.program_id(1), heads * HEAD_DIM
     i = (blocks - 1 - tl.program_id(0) // sequences) * BLOCK
@@ -101,14 +114,15 @@ def long_forward(
         largest = tl.full((BLOCK,), float("-inf"), tl.float32)
         weight = tl.zeros((BLOCK,), tl.float32)
         x = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-        for j in tl.range(tl.maximum(i - window, 0) // BLOCK * BLOCK, i + BLOCK, BLOCK, disable_licm=True):
+        keys_end = _keys_end(i, length, window, BLOCK, CAUSAL)
+        for j in tl.range(tl.maximum(i - window, 0) // BLOCK * BLOCK, keys_end, BLOCK, disable_licm=True):
             there = (begin + j).to(tl.int64) * stride + head * HEAD_DIM
-            bias = _bias(log_theta, i, j, head, distances, HAS_BIAS, BLOCK)
+            bias = _bias(log_theta, i, j, head, distances, HAS_BIAS, BLOCK, CAUSAL)
             if CHUNK >= HEAD_DIM:
                 s = dot(xq, tl.trans(load(k + there, length - j, column, stride, BLOCK, HEAD_DIM)))
             else:
                 s = product(q + at, k + there, length - i, length - j, stride, HEAD_DIM, CHUNK, BLOCK)
-            s = _logits(s, bias, i, j, scale, window, BLOCK)
+            s = _logits(s, bias, i, j, length, scale, window, BLOCK, CAUSAL)
             higher = tl.maximum(largest, tl.max(s, 1))
             finite = tl.where(higher == float("-inf"), 0.0, higher)  # where nothing was seen yet
             p = tl.exp2(s - finite[:, None])
@@ -142,12 +156,19 @@ def _gradients(
     return dropped, p * (dp - delta[:, None])
 
 
+@triton.jit
+def _own(partial, program, heads, head, width, distance, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
+    """Where a program sums up the gradient of the distances distance + BLOCK - 1, ... distance."""
+    first = distance if CAUSAL else distance + width // 2
+    return partial + (program.to(tl.int64) * heads + head) * width + (first + BLOCK - 1 - tl.arange(0, BLOCK))
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def long_backward_queries(
     grad_out, q, k, v, log_theta, cu_seqlens, out, lse, dq, delta, partial,
     total, sequences, blocks, heads, distances, width, scale, window, threshold, keep_scale, seed, offset,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     program, programs, head = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     stride, row, column = heads * HEAD_DIM, tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
@@ -168,9 +189,10 @@ def long_backward_queries(
             xlse = tl.load(lse + rows, mask=i + row < length, other=float("inf")) * LOG2_E
             x = tl.zeros((BLOCK, BLOCK_D), tl.float32)
             carried = tl.zeros((BLOCK,), tl.float32)
-            for j in tl.range(tl.maximum(i - window, 0) // BLOCK * BLOCK, i + BLOCK, BLOCK, disable_licm=True):
+            first, keys_end = tl.maximum(i - window, 0) // BLOCK * BLOCK, _keys_end(i, length, window, BLOCK, CAUSAL)
+            for j in tl.range(first, keys_end, BLOCK, disable_licm=True):
                 there = (begin + j).to(tl.int64) * stride + head * HEAD_DIM
-                bias = _bias(log_theta, i, j, head, distances, HAS_BIAS, BLOCK)
+                bias = _bias(log_theta, i, j, head, distances, HAS_BIAS, BLOCK, CAUSAL)
                 xk = load(k + there, length - j, column, stride, BLOCK, HEAD_DIM)
                 if CHUNK >= HEAD_DIM:
                     s = dot(xq, tl.trans(xk))
@@ -178,7 +200,7 @@ def long_backward_queries(
                 else:
                     s = product(q + at, k + there, length - i, length - j, stride, HEAD_DIM, CHUNK, BLOCK)
                     dp = product(grad_out + at, v + there, length - i, length - j, stride, HEAD_DIM, CHUNK, BLOCK)
-                s = _logits(s, bias, i, j, scale, window, BLOCK)
+                s = _logits(s, bias, i, j, length, scale, window, BLOCK, CAUSAL)
                 _, ds = _gradients(
                     s, dp, xlse, xdelta, begin, i, j, head, threshold, keep_scale, seed, offset, DROPOUT, BLOCK
                 )
@@ -186,9 +208,13 @@ def long_backward_queries(
                 if HAS_BIAS:
                     # The distances from i - j on come from this block and, what is beyond them, from the block before.
                     skewed, here = skew(ds, BLOCK), row[:, None] + row[None, :] >= BLOCK - 1
-                    own = partial + (program.to(tl.int64) * heads + head) * width + (i - j + BLOCK - 1 - row)
+                    own = _own(partial, program, heads, head, width, i - j, BLOCK, CAUSAL)
                     tl.store(own, tl.load(own) + carried + tl.sum(tl.where(here, skewed, 0.0), 0))
                     carried = tl.sum(tl.where(here, 0.0, skewed), 0)
+            if HAS_BIAS and not CAUSAL:  # causal: nothing comes after the last block
+                beyond = i - first - tl.cdiv(keys_end - first, BLOCK) * BLOCK
+                own = _own(partial, program, heads, head, width, beyond, BLOCK, CAUSAL)
+                tl.store(own, tl.load(own) + carried)
             store(dq + at, x, length - i, column, stride, BLOCK, HEAD_DIM)
             tl.debug_barrier()  # before another thread reads what this one wrote to `partial`
 
@@ -198,7 +224,7 @@ def long_backward_keys(
     grad_out, q, k, v, log_theta, cu_seqlens, lse, delta, dk, dv,
     total, sequences, blocks, heads, distances, scale, window, threshold, keep_scale, seed, offset,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     sequence, j, head = tl.program_id(0) % sequences, tl.program_id(0) // sequences * BLOCK, tl.program_id(1)
     stride, row, column = heads * HEAD_DIM, tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
@@ -211,12 +237,13 @@ def long_backward_keys(
             xv = load(v + at, length - j, column, stride, BLOCK, HEAD_DIM)
         ydk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
         ydv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-        for i in tl.range(j, tl.minimum(length, j + BLOCK + window), BLOCK, disable_licm=True):
+        first = j if CAUSAL else tl.maximum(j - window, 0) // BLOCK * BLOCK
+        for i in tl.range(first, tl.minimum(length, j + BLOCK + window), BLOCK, disable_licm=True):
             there = (begin + i).to(tl.int64) * stride + head * HEAD_DIM
             rows = head.to(tl.int64) * total + begin + i + row
             xlse = tl.load(lse + rows, mask=i + row < length, other=float("inf")) * LOG2_E
             xdelta = tl.load(delta + rows, mask=i + row < length, other=0.0)
-            bias = _bias(log_theta, i, j, head, distances, HAS_BIAS, BLOCK)
+            bias = _bias(log_theta, i, j, head, distances, HAS_BIAS, BLOCK, CAUSAL)
             xq = load(q + there, length - i, column, stride, BLOCK, HEAD_DIM)
             xo = load(grad_out + there, length - i, column, stride, BLOCK, HEAD_DIM)
             if CHUNK >= HEAD_DIM:
@@ -224,7 +251,7 @@ def long_backward_keys(
             else:
                 s = product(q + there, k + at, length - i, length - j, stride, HEAD_DIM, CHUNK, BLOCK)
                 dp = product(grad_out + there, v + at, length - i, length - j, stride, HEAD_DIM, CHUNK, BLOCK)
-            s = _logits(s, bias, i, j, scale, window, BLOCK)
+            s = _logits(s, bias, i, j, length, scale, window, BLOCK, CAUSAL)
             dropped, ds = _gradients(
                 s, dp, xlse, xdelta, begin, i, j, head, threshold, keep_scale, seed, offset, DROPOUT, BLOCK
             )
@@ -238,8 +265,8 @@ def _arguments(
     q: Tensor, log_theta: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, options: tuple[Any, ...], backward: bool
 ) -> tuple[tuple[int, int], tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
     """The grid, the kernels' parameters total ... distances and scale ... offset, the constants."""
-    (total, heads, head_dim), (scale, window, dropout_p, seed, offset) = q.shape, options
-    constants = {"HEAD_DIM": head_dim, "HAS_BIAS": log_theta is not None, "DROPOUT": dropout_p > 0}
+    (total, heads, head_dim), (scale, causal, window, dropout_p, seed, offset) = q.shape, options
+    constants = {"HEAD_DIM": head_dim, "HAS_BIAS": log_theta is not None, "DROPOUT": dropout_p > 0, "CAUSAL": causal}
     constants |= launchable(config(head_dim, q.itemsize, backward))
     sequences, blocks = len(cu_seqlens) - 1, triton.cdiv(max_seqlen, constants["BLOCK"])
     shape = total, sequences, blocks, heads, 0 if log_theta is None else log_theta.shape[1]
@@ -250,7 +277,7 @@ def _arguments(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    """`options`: scale, window (-1 for none), dropout_p, seed, offset."""
+    """`options`: scale, causal, window (-1 for none), dropout_p, seed, offset."""
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     grid, shape, numbers, constants = _arguments(q, log_theta, cu_seqlens, max_seqlen, options, backward=False)
     long_forward[grid](q, k, v, log_theta, cu_seqlens, out, lse, *shape, *numbers, **constants)
@@ -272,26 +299,28 @@ def backward(
     dq, dk, dv, delta = *(torch.empty_like(q) for _ in range(3)), torch.empty_like(lse)
     inputs = grad_out, q, k, v, log_theta, cu_seqlens
     (items, heads), shape, numbers, constants = _arguments(q, log_theta, cu_seqlens, max_seqlen, options, backward=True)
-    programs, width = min(items, max(1, PROGRAMS // heads)), shape[2] * constants["BLOCK"]
+    causal = constants["CAUSAL"]
+    programs, width = min(items, max(1, PROGRAMS // heads)), shape[2] * constants["BLOCK"] * (1 if causal else 2)
     partial = None if log_theta is None else q.new_zeros(programs, heads, width, dtype=torch.float32)
     long_backward_queries[programs, heads](*inputs, out, lse, dq, delta, partial, *shape, width, *numbers, **constants)
     long_backward_keys[items, heads](*inputs, lse, delta, dk, dv, *shape, *numbers, **constants)
     if log_theta is None or partial is None:
         return dq, dk, dv, None
-    return dq, dk, dv, reduce(partial, torch.empty_like(log_theta))
+    return dq, dk, dv, reduce(partial, torch.empty_like(log_theta), causal)
 
 
 def compile_cases() -> list[dict[str, Any]]:
     """What is compiled by default, for compilation without a GPU."""
     found = [case("reduce", reduce_kernel, {"REDUCED": REDUCED})]
     tensors = {long_forward: 4, long_backward_queries: 6, long_backward_keys: 6}  # the floor; out is read for delta
-    for (head_dim, dtype, mask, drop), kernel in itertools.product(VARIANTS, tensors):
+    for (head_dim, dtype, mask, drop, causal), kernel in itertools.product(VARIANTS, tensors):
         backward = kernel is not long_forward
-        constants = {"HEAD_DIM": head_dim, "HAS_BIAS": mask, "DROPOUT": drop}
+        constants = {"HEAD_DIM": head_dim, "HAS_BIAS": mask, "DROPOUT": drop, "CAUSAL": causal}
         constants |= config(head_dim, TYPES[dtype].itemsize, backward)
         name = f"{kernel.fn.__name__} d{head_dim} {dtype}" + " mask" * mask + " dropout" * drop
+        name += " two-sided" * (not causal)
         counted = workloads(
-            sys.modules[__name__], LONG, head_dim, TYPES[dtype], 0.1 if drop else 0.0,
+            sys.modules[__name__], LONG, head_dim, TYPES[dtype], 0.1 if drop else 0.0, causal,
             backward=backward, tensors=tensors[kernel], bound="distinct",
         )  # fmt: skip
         found.append(

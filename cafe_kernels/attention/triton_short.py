@@ -7,6 +7,8 @@ finds dq, dk, dv in one go, from q, k, v and grad_out alone. A block ends where 
 which one number tells: `starts[token]`, where the token's sequence begins. So nobody plans, and nothing waits for the CPU. (A NaN or
 an infinity may spoil the other sequences of its block, since 0 * NaN is NaN.)
 
+Where tokens see what is after them, too (CAUSAL = False), `starts` also tells where each token's sequence ends.
+
 log_theta depends on i - j alone, inside a block as well as in a sequence: its tile is spread once a program, and its gradient is the
 sum of all tiles' gradients, whose diagonals are summed once a program, in a row of the program's own. A last kernel sums the rows,
 always in the same order: there are no atomics.
@@ -61,12 +63,18 @@ def config(head_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def sequence_starts(cu_seqlens, starts, sequences, total, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def sequence_starts(
+    cu_seqlens, starts, sequences, total, ROWS: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr
+):  # fmt: skip
+    """starts (total), or, not causal, (2, total), with the ends in the second row."""
     s = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     begin = tl.load(cu_seqlens + s, mask=s < sequences, other=0)[:, None]
     end = tl.load(cu_seqlens + s + 1, mask=s < sequences, other=0)[:, None]
     token = begin + tl.arange(0, BLOCK)[None, :]
     tl.store(starts + token, begin + 0 * token, mask=(token < end) & (token < total))
+    if not CAUSAL:
+        ends = starts + tl.cast(total, tl.int64)
+        tl.store(ends + token, end + 0 * token, mask=(token < end) & (token < total))
 
 
 @triton.jit
@@ -84,21 +92,37 @@ def _block_end(starts, begin, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _bias(log_theta, head, distances, window, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """log_theta[i - j] in base 2, and -inf for what is in the future or beyond the window."""
+def _bias(log_theta, head, distances, window, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
+    """log_theta[i - j] in base 2, and -inf for what is in the future, if causal, or beyond the window."""
     t = tl.arange(0, BLOCK)
     distance = t[:, None] - t[None, :]
     bias = tl.zeros((BLOCK, BLOCK), tl.float32)
-    if HAS_BIAS:
+    if HAS_BIAS and CAUSAL:
         row = tl.load(log_theta + head * distances + t, mask=t < distances, other=0.0) * LOG2_E
         bias = tl.gather(tl.broadcast_to(row[None, :], BLOCK, BLOCK), distance & (BLOCK - 1), 1)
-    return tl.where((distance >= 0) & (distance <= window), bias, float("-inf"))
+    elif HAS_BIAS:
+        middle = distances // 2
+        there = tl.abs(distance) <= middle
+        bias = tl.load(log_theta + head * distances + middle + distance, mask=there, other=0.0) * LOG2_E
+    seen = distance >= 0 if CAUSAL else distance >= -window
+    return tl.where(seen & (distance <= window), bias, float("-inf"))
 
 
 @triton.jit
-def _weights(logits, bias, first, scale, BLOCK: tl.constexpr):
-    """Softmax of scale * logits + bias over the keys from `first` on, before its division by the sum; the maximum, the sum."""
+def _end(starts, token, begin, end, total, CAUSAL: tl.constexpr):
+    """Where in the block the sequence of each token ends, unless the bias hides what is after it."""
+    if CAUSAL:
+        return None
+    return tl.load(starts + tl.cast(total, tl.int64) + token, mask=token < end, other=token + 1) - begin
+
+
+@triton.jit
+def _weights(logits, bias, first, last, scale, BLOCK: tl.constexpr):
+    """Softmax of scale * logits + bias over the keys from `first` on, and, if given, before `last`, before its division by the sum;
+    the maximum, the sum."""
     s = tl.where(from_column(first, BLOCK), logits * (scale * LOG2_E) + bias, float("-inf"))
+    if last is not None:
+        s = tl.where(from_column(last, BLOCK), float("-inf"), s)
     largest = tl.max(s, 1)
     p = tl.exp2(s - tl.where(largest == float("-inf"), 0.0, largest)[:, None])
     return p, largest, tl.sum(p, 1)
@@ -109,21 +133,23 @@ def short_forward(
     q, k, v, log_theta, starts, out, lse,
     total, share, heads, distances, scale, window, threshold, keep_scale, seed, offset,
     HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
     program, head, stride = tl.program_id(0), tl.program_id(1), heads * HEAD_DIM
     begin = _first_start(starts, program * share, total, BLOCK)
     last = _first_start(starts, (program + 1) * share, total, BLOCK)
-    bias = _bias(log_theta, head, distances, window, HAS_BIAS, BLOCK)
+    bias = _bias(log_theta, head, distances, window, HAS_BIAS, BLOCK, CAUSAL)
     while begin < last:
         end = _block_end(starts, begin, last, BLOCK)
         token, count = begin + tl.arange(0, BLOCK), end - begin
         base = begin.to(tl.int64) * stride + head * HEAD_DIM
         # Rows of no token look at themselves, so that they stay finite.
         first = tl.load(starts + token, mask=token < end, other=token) - begin
+        ends = _end(starts, token, begin, end, total, CAUSAL)
         if DROPOUT:  # the bits begin where the sequence does
             bits = drop_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
         logits = product(q + base, k + base, count, count, stride, HEAD_DIM, CHUNK, BLOCK)
-        p, largest, weight = _weights(logits, bias, first, scale, BLOCK)
+        p, largest, weight = _weights(logits, bias, first, ends, scale, BLOCK)
         tl.store(lse + head.to(tl.int64) * total + token, (largest + tl.log2(weight)) / LOG2_E, mask=token < end)
         p *= (1 / weight)[:, None]
         if DROPOUT:
@@ -142,17 +168,19 @@ def short_backward(
     grad_out, q, k, v, log_theta, starts, dq, dk, dv, partial,
     total, share, heads, distances, scale, window, threshold, keep_scale, seed, offset,
     HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
     program, head, stride = tl.program_id(0), tl.program_id(1), heads * HEAD_DIM
     begin = _first_start(starts, program * share, total, BLOCK)
     last = _first_start(starts, (program + 1) * share, total, BLOCK)
-    bias = _bias(log_theta, head, distances, window, HAS_BIAS, BLOCK)
+    bias = _bias(log_theta, head, distances, window, HAS_BIAS, BLOCK, CAUSAL)
     dbias = tl.zeros((BLOCK, BLOCK), tl.float32)
     while begin < last:
         end = _block_end(starts, begin, last, BLOCK)
         token, count = begin + tl.arange(0, BLOCK), end - begin
         base = begin.to(tl.int64) * stride + head * HEAD_DIM
         first = tl.load(starts + token, mask=token < end, other=token) - begin
+        ends = _end(starts, token, begin, end, total, CAUSAL)
         if DROPOUT:
             bits = drop_bits(token, head, 0, seed, offset, threshold, BLOCK) << first
         if CHUNK >= HEAD_DIM:  # everything is loaded once
@@ -162,7 +190,7 @@ def short_backward(
             logits = dot(xq, tl.trans(xk))
         else:
             logits = product(q + base, k + base, count, count, stride, HEAD_DIM, CHUNK, BLOCK)
-        p, _, weight = _weights(logits, bias, first, scale, BLOCK)
+        p, _, weight = _weights(logits, bias, first, ends, scale, BLOCK)
         p *= tl.where(weight == 0, 0.0, 1 / weight)[:, None]
         if DROPOUT:
             p = mark_dropped(p, bits, BLOCK)
@@ -195,23 +223,32 @@ def short_backward(
             store(dk + base, dot(tl.trans(ds), xq), count, column, stride, BLOCK, HEAD_DIM)
         begin = end
     if HAS_BIAS:
-        row = partial + (program * tl.num_programs(1) + head) * BLOCK + BLOCK - 1
-        tl.store(row - tl.arange(0, BLOCK), tl.sum(skew(dbias, BLOCK), 0))  # what is in the future is 0
+        skewed, t = skew(dbias, BLOCK), tl.arange(0, BLOCK)
+        if CAUSAL:  # what is in the future is 0
+            row = partial + (program * tl.num_programs(1) + head) * BLOCK
+            tl.store(row + (BLOCK - 1 - t), tl.sum(skewed, 0))
+        else:
+            row = partial + (program * tl.num_programs(1) + head) * (2 * BLOCK)
+            past = t[:, None] + t[None, :] >= BLOCK - 1
+            tl.store(row + (2 * BLOCK - 1 - t), tl.sum(tl.where(past, skewed, 0.0), 0))
+            tl.store(row + (BLOCK - 1 - t), tl.sum(tl.where(past, 0.0, skewed), 0))
 
 
-def _starts(cu_seqlens: Tensor, total: int) -> Tensor:
-    starts, sequences = torch.empty(total, dtype=torch.int32, device=cu_seqlens.device), len(cu_seqlens) - 1
-    sequence_starts[(triton.cdiv(sequences, 16),)](cu_seqlens, starts, sequences, total, ROWS=16, BLOCK=BLOCK)
+def _starts(cu_seqlens: Tensor, total: int, causal: bool) -> Tensor:
+    starts = torch.empty(total if causal else 2 * total, dtype=torch.int32, device=cu_seqlens.device)
+    sequences, constants = len(cu_seqlens) - 1, {"ROWS": 16, "BLOCK": BLOCK, "CAUSAL": causal}
+    sequence_starts[(triton.cdiv(sequences, 16),)](cu_seqlens, starts, sequences, total, **constants)
     return starts
 
 
 def _arguments(q: Tensor, log_theta: Tensor | None, options: tuple[Any, ...], backward: bool) -> tuple[Any, ...]:
     """The grid; total ... offset of the kernels' parameters; the constants."""
-    (total, heads, head_dim), (scale, window, dropout_p, seed, offset) = q.shape, options
+    (total, heads, head_dim), (scale, causal, window, dropout_p, seed, offset) = q.shape, options
     programs = min(triton.cdiv(total, BLOCK), max(1, PROGRAMS // heads))
     distances = 0 if log_theta is None else log_theta.shape[1]
     numbers = total, triton.cdiv(total, programs), heads, distances, scale, window if 0 <= window < BLOCK else BLOCK
     constants = {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": log_theta is not None, "DROPOUT": dropout_p > 0}
+    constants |= {"CAUSAL": causal}
     constants |= launchable(config(head_dim, q.itemsize, backward))
     return (programs, heads), (*numbers, *dropout(dropout_p), seed, offset), constants
 
@@ -219,10 +256,11 @@ def _arguments(q: Tensor, log_theta: Tensor | None, options: tuple[Any, ...], ba
 def forward(
     q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    """`options`: scale, window (-1 for none), dropout_p, seed, offset."""
+    """`options`: scale, causal, window (-1 for none), dropout_p, seed, offset."""
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     grid, numbers, constants = _arguments(q, log_theta, options, backward=False)
-    short_forward[grid](q, k, v, log_theta, _starts(cu_seqlens, len(q)), out, lse, *numbers, **constants)
+    starts = _starts(cu_seqlens, len(q), constants["CAUSAL"])
+    short_forward[grid](q, k, v, log_theta, starts, out, lse, *numbers, **constants)
     return out, lse
 
 
@@ -232,25 +270,30 @@ def backward(
     """`rest`: out, lse, max_seqlen, which are not needed, and `options`."""
     dq, dk, dv = (torch.empty_like(q) for _ in range(3))
     grid, numbers, constants = _arguments(q, log_theta, rest[3:], backward=True)
-    partial = None if log_theta is None else q.new_empty(*grid, BLOCK, dtype=torch.float32)
-    starts = _starts(cu_seqlens, len(q))
+    causal = constants["CAUSAL"]
+    partial = None if log_theta is None else q.new_empty(*grid, BLOCK if causal else 2 * BLOCK, dtype=torch.float32)
+    starts = _starts(cu_seqlens, len(q), causal)
     short_backward[grid](grad_out, q, k, v, log_theta, starts, dq, dk, dv, partial, *numbers, **constants)
     if log_theta is None or partial is None:
         return dq, dk, dv, None
-    return dq, dk, dv, reduce(partial, torch.empty_like(log_theta))
+    return dq, dk, dv, reduce(partial, torch.empty_like(log_theta), causal)
 
 
 def compile_cases() -> list[dict[str, Any]]:
     """What is compiled by default, for compilation without a GPU."""
-    found = [case("short_starts", sequence_starts, {"ROWS": 16, "BLOCK": BLOCK})]
-    for (head_dim, dtype, mask, drop), backward in itertools.product(VARIANTS, (False, True)):
+    found = [
+        case("short_starts" + suffix, sequence_starts, {"ROWS": 16, "BLOCK": BLOCK, "CAUSAL": not suffix})
+        for suffix in ("", " two-sided")
+    ]
+    for (head_dim, dtype, mask, drop, causal), backward in itertools.product(VARIANTS, (False, True)):
         kernel = short_backward if backward else short_forward
         constants = config(head_dim, TYPES[dtype].itemsize, backward)
         name = f"{kernel.fn.__name__} d{head_dim} {dtype}" + " mask" * mask + " dropout" * drop
+        name += " two-sided" * (not causal)
         again = backward and constants["CHUNK"] < head_dim  # q, k and grad_out, for the lack of registers
-        constants |= {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": mask, "DROPOUT": drop}
+        constants |= {"HEAD_DIM": head_dim, "BLOCK": BLOCK, "HAS_BIAS": mask, "DROPOUT": drop, "CAUSAL": causal}
         counted = workloads(
-            sys.modules[__name__], SHORT, head_dim, TYPES[dtype], 0.1 if drop else 0.0,
+            sys.modules[__name__], SHORT, head_dim, TYPES[dtype], 0.1 if drop else 0.0, causal,
             backward=backward, tensors=7 if backward else 4, bound="distinct" if again else "issued",
         )  # fmt: skip
         found.append(

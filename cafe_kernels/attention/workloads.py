@@ -19,6 +19,7 @@ def workloads(
     head_dim: int,
     dtype: torch.dtype,
     dropout_p: float = 0.0,
+    causal: bool = True,
     *,
     backward: bool,
     tensors: int,
@@ -34,9 +35,10 @@ def workloads(
     def run(sizes: list[int]) -> None:
         total = sum(sizes)
         q, k, v, out, grad_out = (torch.zeros(total, HEADS, head_dim, dtype=dtype) for _ in range(5))
-        log_theta, lse = torch.zeros(HEADS, max(sizes)), torch.zeros(HEADS, total)
+        distances = max(sizes) if causal else 2 * max(sizes) - 1
+        log_theta, lse = torch.zeros(HEADS, distances), torch.zeros(HEADS, total)
         cu_seqlens = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
-        options = max(sizes), head_dim**-0.5, -1, dropout_p, 0, 0
+        options = max(sizes), head_dim**-0.5, causal, -1, dropout_p, 0, 0
         if backward:
             backend.backward(grad_out, q, k, v, log_theta, cu_seqlens, out, lse, *options)
         else:
