@@ -67,6 +67,7 @@ class Batches:
         lengths = sequences.lengths - (not self.kind.cloze)
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         sequence, targets, users = np.repeat(np.arange(len(rows)), lengths), None, None
+        negatives: np.ndarray
         if self.kind.cloze:
             inputs, targets = sequences.items, self._hidden(random, cu_seqlens, sequence)
             positives, asked = inputs[targets], sequence[targets]
@@ -76,7 +77,9 @@ class Batches:
             last[sequences.indptr[:-1]] = False
             inputs, positives, asked = sequences.items[first], sequences.items[last], sequence
         if self.kind.personal:  # stochastic shared embeddings
-            users = np.where(random.random(len(rows)) < config.sse_user, random.integers(self.num_users, size=len(rows)), rows)
+            users = np.where(
+                random.random(len(rows)) < config.sse_user, random.integers(self.num_users, size=len(rows)), rows
+            )
             other = random.integers(self.num_items, size=len(inputs))
             inputs = np.where(random.random(len(inputs)) < config.sse_item, other, inputs)
         draw: dict[str, Any] = {"seed": config.seed, "offset": step * DRAWS_A_STEP}

@@ -269,7 +269,12 @@ def evaluate(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; the first is the baseline.")],
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders; the first is the baseline.")] = None,
+    config: Annotated[str | None, typer.Option(help="An experiment: table2, table3 or a TOML file; trains it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --config: folder for the runs.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="With --config: how many, if not as it says.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     protocol: Annotated[list[str] | None, typer.Option(help="Repeat for several; by default aligned and full.")] = None,
     metric: Annotated[str, typer.Option()] = "ndcg@5",
     split: Annotated[str, typer.Option()] = "test",
@@ -281,17 +286,35 @@ def compare(
 ) -> None:
     """One table of several runs on the same users and candidates, with each gain over the first and its interval.
 
+    With --config, of the systems of an experiment, each trained over several seeds: the tables of the paper on your data. A cut run
+    is gone on with by the same command.
+
     Example: cafe compare runs/sasrec runs/cafe
+
+    cafe compare --config table2 --data data/shop --out runs/table2
     """
     import numpy as np
 
-    from cafe.evaluation import compare as paired
     from cafe.metrics import METRICS, expected_metric
-    from cafe.tables import print_comparison, print_evaluation
 
     expected_metric(metric, np.zeros(1, int), np.zeros(1, int))  # an unknown one is refused before the work
     if plot is not None and metric not in METRICS:
         raise ValueError(f"--plot draws one of {', '.join(METRICS)}, not {metric}")
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    if config is not None:
+        if runs or data is None or out is None or plot is not None or split != "test" or max_users is not None or seed:
+            raise ValueError(
+                "--config goes with --data and --out (and --seeds, --protocol, --metric, --threads, --device) alone"
+            )
+        return _compare_experiment(config, data, out, seeds, device, protocol, metric, as_json)
+    if not runs or out is not None or seeds is not None:
+        raise ValueError("give run folders to compare, or --config with --data and --out")
+    from cafe.evaluation import compare as paired
+    from cafe.tables import print_comparison, print_evaluation
+
     report: dict[str, Any] = {}
     for name in protocol or ["aligned", "full"]:
         evaluated = [_evaluate(path, data, split, name, seed, max_users) for path in runs]
@@ -312,6 +335,43 @@ def compare(
         from cafe.plots import plot_comparison
 
         plot_comparison(report, metric, plot)
+
+
+def _compare_experiment(
+    config: str,
+    data: Path,
+    out: Path,
+    seeds: int | None,
+    device: str,
+    protocol: list[str] | None,
+    metric: str,
+    as_json: bool,
+) -> None:
+    from cafe.experiment import read_experiment, run_experiment
+    from cafe.tables import SHOWN, experiment_markdown
+    from cafe.train import Interrupted
+
+    experiment = read_experiment(config)
+    experiment = replace(experiment, seeds=seeds or experiment.seeds, protocols=protocol or experiment.protocols)
+
+    def progress(name: str, seed: int) -> Any:
+        err_console.print(f"{name}, seed {seed}", highlight=False, soft_wrap=True)
+        return lambda event: None
+
+    try:
+        results = run_experiment(experiment, data, out, device=device, progress=progress)
+    except Interrupted:
+        err_console.print("interrupted; saved. Go on with the same command", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        return emit(
+            {
+                name: {system: [one.summary() for one in ones] for system, ones in part.items()}
+                for name, part in results.items()
+            }
+        )
+    text = experiment_markdown(results, experiment.baseline, [metric, *(name for name in SHOWN if name != metric)])
+    print(text)
 
 
 @app.command()

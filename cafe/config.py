@@ -40,7 +40,9 @@ class Config:
     join: Literal["log_sigmoid", "log_softmax", "sum", "item"] = "log_sigmoid"
     calibrate: bool = False  # weight of the intent in the joint score, fitted on validation (1 otherwise)
     # Objective
-    loss: Literal["bce", "softmax", "full"] = "bce"  # Eq. 9, sampled softmax with log-Q correction, or softmax over all items
+    loss: Literal["bce", "softmax", "full"] = (
+        "bce"  # Eq. 9, sampled softmax with log-Q correction, or softmax over all items
+    )
     negatives: int = 1
     negatives_shared: Literal["token", "batch"] = "token"  # who shares a draw of negatives
     negatives_alpha: float = 0.0  # negatives are drawn by popularity^alpha; 0 is uniform
@@ -145,5 +147,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 128,
     },
 }
-# Where a model's preset is not that of the others: SASRec's `best` is SASRec trained with the better loss, and no more.
-OVERRIDES: dict[tuple[str, str], dict[str, Any]] = {("cafe", "best"): {"compose_items": True}}
+CLOZE = {"loss": "full", "heads": 2, "attention_bias": True, "score_scale": "sqrt_head_dim"}  # BERT4Rec and its kin
+# Where a model's preset is not that of the others: `paper` is each model's own paper; SASRec's `best` is SASRec trained with the better
+# loss, and no more.
+OVERRIDES: dict[tuple[str, str], dict[str, Any]] = {
+    ("cafe", "best"): {"compose_items": True},
+    **{(model, "paper"): CLOZE for model in ("bert4rec", "locker", "nova", "bertf", "lockerf")},
+    **{(model, "best"): {"heads": 2} for model in ("locker", "lockerf")},
+}

@@ -39,6 +39,9 @@ BUCKETS = {  # lowest value of each bucket and its name; the last is open
 }
 
 
+Results = dict[str, dict[str, list["Evaluation"]]]  # of an experiment: protocol, system -> its seeds
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """How one model ranked each user's answer.

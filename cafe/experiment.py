@@ -26,7 +26,7 @@ from typing import Any
 from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.evaluate import evaluate
-from cafe.evaluation import Evaluation
+from cafe.evaluation import Evaluation, Results
 from cafe.train import fit, load_run
 
 if sys.version_info >= (3, 11):
@@ -36,7 +36,6 @@ else:
 
 BUILT_IN = Path(__file__).with_name("experiments")
 DEFAULTS: dict[str, Any] = {"baseline": None, "seeds": 3, "protocols": ["aligned", "full", "authors"], "common": {}}
-Results = dict[str, dict[str, list[Evaluation]]]  # protocol, system -> the evaluation of each seed
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,15 @@ def run_experiment(
     results: Results = {protocol: {name: [] for name in experiment.systems} for protocol in experiment.protocols}
     for seed, name, config in _runs(experiment):
         run = out / f"{slug(name)}-{seed}"
-        fit(config, dataset, run, data=data, resume=(run / "config.json").exists(), device=device, progress=progress(name, seed))
+        fit(
+            config,
+            dataset,
+            run,
+            data=data,
+            resume=(run / "config.json").exists(),
+            device=device,
+            progress=progress(name, seed),
+        )
         for protocol in experiment.protocols:
             results[protocol][name].append(_ranked(run, name, dataset, protocol))
     return results

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cafe.evaluation import BUCKETS, Evaluation
+from cafe.evaluation import BUCKETS, Evaluation, Results, compare
 
 SHOWN = ("ndcg@5", "hr@5", "ndcg@10", "mrr")
 
@@ -85,6 +86,61 @@ def print_comparison(console: Console, comparisons: dict[str, Any] | Sequence[di
         cells = (Text(row["a"]), Text(row["b"]), row["protocol"], row["metric"], gain, f"{row['p']:.3f}")
         table.add_row(*cells, style="yellow" if row["protocol"] == "authors" else None)
     console.print(table)
+
+
+def experiment_markdown(results: Results, baseline: str, metrics: Sequence[str] = SHOWN) -> str:
+    """Markdown of an experiment: for each protocol the mean ± standard deviation over seeds, gains, and a breakdown.
+
+    A gain is over `baseline` by the first metric, paired over users (each user's values averaged over the seeds), with its 95% interval.
+    Systems with a joint score have a second line, of their item score alone.
+    """
+    lines = []
+    for protocol, systems in results.items():
+        first = next(iter(systems.values()))[0]
+        against = "the whole catalog" if first.num_negatives is None else f"{first.num_negatives} negatives"
+        lines += [
+            f"### {protocol}{' (an artefact: see docs/protocol.md)' if protocol == 'authors' else ''}",
+            "",
+            f"{len(first.users):,} users, {first.split}, against {against}.",
+            "",
+            f"| system | {' | '.join(metrics)} | {metrics[0]} over {baseline} |",
+            "|---" * (len(metrics) + 2) + "|",
+        ]
+        for name, seeds in systems.items():
+            for score in ["joint", "item"] if "joint" in seeds[0].greater else ["item"]:
+                cells = [_over_seeds([seed.mean(metric, score) for seed in seeds]) for metric in metrics]
+                gain = "" if name == baseline else _gain(compare(seeds, systems[baseline], metrics[0], score))
+                shown = name if score == seeds[0].headline else f"{name}, item score"
+                lines.append(f"| {shown} | {' | '.join(cells)} | {gain} |")
+        for by, title in (
+            ("train_frequency", "how often training has the answer"),
+            ("history_length", "history length"),
+        ):
+            groups = first.buckets(by)
+            lines += [
+                "",
+                f"ndcg@10 by {title}:",
+                "",
+                f"| system | {' | '.join(groups)} |",
+                "|---" * (len(groups) + 1) + "|",
+            ]
+            lines.append(f"| users | {' | '.join(f'{members.sum():,}' for members in groups.values())} |")
+            for name, seeds in systems.items():
+                values = np.mean([seed.values("ndcg@10") for seed in seeds], axis=0)
+                cells = [f"{values[members].mean():.4f}" if members.any() else "-" for members in groups.values()]
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
+
+
+def _gain(comparison: dict[str, Any]) -> str:
+    if comparison["ratio_ci"] is None:
+        return "-"
+    return "{:.2f}x [{:.2f}, {:.2f}]".format(comparison["ratio"], *comparison["ratio_ci"])
 
 
 def _breakdown(evaluation: Evaluation, summary: dict[str, Any], metric: str) -> Table:

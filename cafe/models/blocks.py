@@ -60,7 +60,12 @@ class Block(nn.Module):
         seed: int,
         offset: int,
     ) -> Tensor:
-        options: dict[str, Any] = {"max_seqlen": tokens.max_seqlen, "positions": positions, "seed": seed, "offset": offset}
+        options: dict[str, Any] = {
+            "max_seqlen": tokens.max_seqlen,
+            "positions": positions,
+            "seed": seed,
+            "offset": offset,
+        }
         query = self.norm_attention(x)
         if self.config.block == "query_norm":
             attended = self.attention.packed(query, tokens.cu_seqlens, key_value=x, **options).to(x.dtype)

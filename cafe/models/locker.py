@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cafe.config import Config
 from cafe.models.bert4rec import BERT4Rec
 from cafe.models.blocks import Encoder, make_attention
 from cafe_kernels import DistanceMaskedAttention

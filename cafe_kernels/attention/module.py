@@ -1,8 +1,9 @@
 """Multi-head self-attention re-weighted by a learned distance mask (Eq. 2-6), in place of torch.nn.MultiheadAttention.
 
 The module turns the mask's parameters into the two inputs of the op: the shift W_L / scale of the query, since
-K_j . W_L = scale * (W_L / scale) . K_j, and the bias by distance r[t] = D[t] . W_L. Of D's 2n rows only the n causal ones exist here,
-and b_L is left out: the softmax cancels both, their gradients are exactly zero.
+K_j . W_L = scale * (W_L / scale) . K_j, and the bias by distance r[t] = D[n + t] . W_L. Of D's 2n rows only those exist here that are
+read, t = 0 ... n - 1 or, not causal, t = -(n - 1) ... n - 1; Q_i . W_L and b_L are left out: the softmax cancels both, their
+gradients are exactly zero.
 """
 
 import math
@@ -10,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from cafe_kernels.attention import reference
 
 
 class DistanceMaskedAttention(nn.Module):
-    """Causal multi-head self-attention with theta_ij of Eq. 6. Called as torch.nn.MultiheadAttention, or by `packed`.
+    """Multi-head self-attention with theta_ij of Eq. 6. Called as torch.nn.MultiheadAttention, or by `packed`.
 
     Args:
         embed_dim: d, a multiple of num_heads.
@@ -27,11 +28,14 @@ class DistanceMaskedAttention(nn.Module):
         batch_first: tensors of the padded call are (B, N, d) instead of (N, B, d).
         score_scale: "sqrt_d" (Eq. 5: 1 / sqrt(d)) or "sqrt_head_dim" (1 / sqrt(d / M), as torch.nn.MultiheadAttention).
         mask_reads: "keys" (Eq. 6) or "values" (the released code: V_j . W_L in place of K_j . W_L).
+        causal: each token sees itself and what is before it; False: all tokens of its sequence (as BERT4Rec).
+        local_heads: how many heads, the first ones, have the mask; default all. The others have theta = 1.
         device, dtype: of the parameters.
 
     Parameters: in_proj_weight (3d, d), in_proj_bias (3d), out_proj.weight (d, d) and out_proj.bias (d), as
     torch.nn.MultiheadAttention names them, so that its state dict loads with strict=False; and of the mask
-    distance (M, n, d / M), the rows D[n + t] of Eq. 6, and distance_weight (M, d / M), W_L, zero at first: theta = 1.
+    distance (L, n, d / M), the rows D[n + t] of Eq. 6 for t = i - j from 0 on, without `causal` (L, 2n - 1, d / M) from
+    -(n - 1) on, and distance_weight (L, d / M), W_L, zero at first: theta = 1. L is local_heads.
 
     Raises:
         ValueError: options that do not fit each other.
@@ -62,6 +66,8 @@ class DistanceMaskedAttention(nn.Module):
         batch_first: bool = False,
         score_scale: str = "sqrt_d",
         mask_reads: str = "keys",
+        causal: bool = True,
+        local_heads: int | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -76,10 +82,13 @@ class DistanceMaskedAttention(nn.Module):
             raise ValueError(f"score_scale must be 'sqrt_d' or 'sqrt_head_dim', got {score_scale!r}")
         if mask_reads not in ("keys", "values"):
             raise ValueError(f"mask_reads must be 'keys' or 'values', got {mask_reads!r}")
+        local_heads = num_heads if local_heads is None else local_heads
+        if not 1 <= local_heads <= num_heads:
+            raise ValueError(f"local_heads must be from 1 to num_heads={num_heads}, got {local_heads}")
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.max_distance, self.dropout, self.batch_first = max_distance, dropout, batch_first
         self.scale = (embed_dim if score_scale == "sqrt_d" else self.head_dim) ** -0.5
-        self.mask_reads = mask_reads
+        self.mask_reads, self.causal = mask_reads, causal
         options = {"device": device, "dtype": dtype}
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, **options))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim, **options)) if bias else None
@@ -90,15 +99,16 @@ class DistanceMaskedAttention(nn.Module):
             nn.init.zeros_(self.out_proj.bias)
         self.distance = self.distance_weight = None
         if max_distance is not None:  # W_L = 0 starts at theta = 1; D must not be zero too, or neither would ever move.
-            table = torch.randn(num_heads, max_distance, self.head_dim, **options) / math.sqrt(self.head_dim)
+            rows = max_distance if causal else 2 * max_distance - 1
+            table = torch.randn(local_heads, rows, self.head_dim, **options) / math.sqrt(self.head_dim)
             self.distance = nn.Parameter(table)
-            self.distance_weight = nn.Parameter(torch.zeros(num_heads, self.head_dim, **options))
+            self.distance_weight = nn.Parameter(torch.zeros(local_heads, self.head_dim, **options))
 
     @classmethod
     def from_multihead_attention(
-        cls, attention: nn.MultiheadAttention, max_distance: int | None
+        cls, attention: nn.MultiheadAttention, max_distance: int | None, causal: bool = True
     ) -> "DistanceMaskedAttention":
-        """A module with the weights and options of `attention` and theta = 1: its causal outputs are the same at first.
+        """A module with the weights and options of `attention` and theta = 1: its outputs, `causal` or not, are the same at first.
 
         Raises:
             ValueError: `attention` has kdim, vdim, add_bias_kv or add_zero_attn, which do not exist here.
@@ -114,7 +124,7 @@ class DistanceMaskedAttention(nn.Module):
         weight, bias = attention.in_proj_weight, attention.in_proj_bias is not None
         module = cls(
             attention.embed_dim, attention.num_heads, max_distance, attention.dropout, bias, attention.batch_first,
-            score_scale="sqrt_head_dim", device=weight.device, dtype=weight.dtype,
+            score_scale="sqrt_head_dim", causal=causal, device=weight.device, dtype=weight.dtype,
         )  # fmt: skip
         module.load_state_dict(attention.state_dict(), strict=False)
         for name, parameter in attention.named_parameters():
@@ -124,18 +134,24 @@ class DistanceMaskedAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.embed_dim}, num_heads={self.num_heads}, max_distance={self.max_distance}, dropout={self.dropout}, "
-            f"bias={self.in_proj_bias is not None}, batch_first={self.batch_first}, scale={self.scale:.4g}, mask_reads={self.mask_reads!r}"
+            f"bias={self.in_proj_bias is not None}, batch_first={self.batch_first}, scale={self.scale:.4g}, mask_reads={self.mask_reads!r}, "
+            f"causal={self.causal}"
         )
 
     def log_theta(self) -> Tensor | None:
-        """ln theta by head and distance, (M, n), less the part that the softmax cancels or the keys carry; None without mask."""
+        """ln theta by head and distance, (M, n), without `causal` (M, 2n - 1), less the part that the softmax cancels or the keys carry; None without mask."""
         if self.distance is None or self.distance_weight is None:
             return None
         # Not a matrix product, which autocast would round.
-        return (self.distance * self.distance_weight[:, None]).sum(-1)
+        return self._all_heads((self.distance * self.distance_weight[:, None]).sum(-1))
+
+    def _all_heads(self, local: Tensor) -> Tensor:
+        """(L, x) -> (M, x), zeros for the heads without a mask."""
+        return local if len(local) == self.num_heads else pad(local, (0, 0, 0, self.num_heads - len(local)))
 
     def theta_curves(self) -> Tensor:
-        """What was learned: ln theta at each distance less that at distance 0, float32 (M, n), detached.
+        """What was learned: ln theta at each distance less that at distance 0, float32 (M, n), detached; without `causal`
+        (M, 2n - 1), with distance 0 in the middle and the past to the right of it.
 
         The softmax is blind to a constant, so exp(curve[m, t]) is what counts: how many times the weight of the token t
         steps back is that of the token itself in head m, the rest being equal. What theta owes to the keys is not in it.
@@ -146,7 +162,8 @@ class DistanceMaskedAttention(nn.Module):
         log_theta = self.log_theta()
         if log_theta is None:
             raise ValueError("max_distance=None: this module has no distance mask to show")
-        return (log_theta - log_theta[:, :1]).detach().float()
+        itself = 0 if self.causal else log_theta.shape[1] // 2
+        return (log_theta - log_theta[:, itself, None]).detach().float()
 
     def packed(
         self,
@@ -155,6 +172,7 @@ class DistanceMaskedAttention(nn.Module):
         *,
         max_seqlen: int | None = None,
         key_value: Tensor | None = None,
+        value: Tensor | None = None,
         positions: Tensor | None = None,
         seed: int | None = None,
         offset: int = 0,
@@ -166,6 +184,7 @@ class DistanceMaskedAttention(nn.Module):
             cu_seqlens: int32 (B + 1), where each sequence begins; from 0 to total. Sequences may be empty.
             max_seqlen: the longest sequence, to spare its computation.
             key_value: (total, embed_dim), what keys and values read; default x.
+            value: (total, embed_dim), what values read; default what keys read.
             positions: (total, embed_dim), added to queries and keys (the released code does so).
             seed, offset: fix the dropout; by default the seed is drawn from torch's generator.
 
@@ -176,7 +195,7 @@ class DistanceMaskedAttention(nn.Module):
             ValueError: as `distance_attention`.
         """
         source = x if key_value is None else key_value
-        inputs = self._op_inputs(x, source, source, positions)
+        inputs = self._op_inputs(x, source, source if value is None else value, positions)
         return self._attend(inputs, cu_seqlens, max_seqlen, self._seed() if seed is None else seed, offset)
 
     def forward(
@@ -190,22 +209,23 @@ class DistanceMaskedAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As torch.nn.MultiheadAttention, causal self-attention only. Padding costs nothing: it is packed away.
+        """As torch.nn.MultiheadAttention, self-attention only. Padding costs nothing: it is packed away.
 
         Args:
             query, key, value: (N, B, d), with batch_first (B, N, d), or one sequence (N, d); of one shape.
             key_padding_mask: (B, N) or (N), True (or -inf) where a token is padding, before or after a row's tokens.
             need_weights: also return the weights, by plain PyTorch: False spares an n x n matrix.
-            attn_mask: the causal mask (N, N) or (B M, N, N): True (or -inf) where the key comes after the query.
+            attn_mask: the causal mask (N, N) or (B M, N, N): True (or -inf) where the key comes after the query. None where the
+                module is not causal.
             average_attn_weights: average the returned weights over the heads.
-            is_causal: take it that attn_mask, if any, is causal, and do not look.
+            is_causal: take it that attn_mask, if any, is causal, and do not look. False where the module is not.
 
         Returns:
             The output, of query's shape, zero at padding (torch.nn.MultiheadAttention has NaN or a value that nobody reads
             there); and None or the weights, dropout included, (B, N, N) or (B, M, N, N) or without B, zero at padding.
 
         Raises:
-            ValueError: cross-attention, a mask that is not causal or none, padding amid a row, more tokens than max_distance.
+            ValueError: cross-attention, a mask that is not causal or none, or any where the module is not causal, padding amid a row, more tokens than max_distance.
         """
         if (
             not query.shape == key.shape == value.shape
@@ -218,7 +238,9 @@ class DistanceMaskedAttention(nn.Module):
             )
         unbatched, swapped = query.dim() == 2, query.dim() == 3 and not self.batch_first
         batch, length, _ = self._rows(query).shape
-        if not is_causal:
+        if not self.causal and (is_causal or attn_mask is not None):
+            raise ValueError("this attention is not causal: pass neither attn_mask nor is_causal, and padding as key_padding_mask")
+        if self.causal and not is_causal:
             _check_causal(attn_mask, query.device, batch * self.num_heads, length)
         padding = None if key_padding_mask is None else _check_padding(key_padding_mask, unbatched, batch, length)
         if padding is None:
@@ -229,7 +251,7 @@ class DistanceMaskedAttention(nn.Module):
             token = (~padding).flatten().nonzero().squeeze(1)
             lengths = (~padding).sum(1)
             longest = max(lengths.tolist(), default=0)
-        cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        cu_seqlens = pad(lengths.cumsum(0), (1, 0)).int()
 
         def pack(x: Tensor) -> Tensor:
             x = self._rows(x).flatten(0, 1)
@@ -247,10 +269,10 @@ class DistanceMaskedAttention(nn.Module):
         if not need_weights:
             return out, None
         weights = reference.attention_weights(
-            *inputs[:2], self.log_theta(), cu_seqlens, longest, self.scale, None, self._dropout_p(), seed
+            *inputs[:2], self.log_theta(), cu_seqlens, longest, self.scale, self.causal, None, self._dropout_p(), seed
         )
         if padding is not None:
-            weights = _place(nn.functional.pad(weights, (0, length - longest) * 2), padding)
+            weights = _place(pad(weights, (0, length - longest) * 2), padding)
         if average_attn_weights:
             weights = weights.mean(1)
         return out, weights.squeeze(0) if unbatched else weights
@@ -279,7 +301,7 @@ class DistanceMaskedAttention(nn.Module):
             heads = positions.unflatten(-1, (self.num_heads, self.head_dim))
             q, k = q + heads, k + heads
         if self.distance_weight is not None:
-            shift = self.distance_weight / self.scale
+            shift = self._all_heads(self.distance_weight / self.scale)
             if self.mask_reads == "keys":
                 q = q + shift
             else:
@@ -300,7 +322,7 @@ class DistanceMaskedAttention(nn.Module):
         q, k, v = inputs
         out = distance_attention(
             q, k, v, self.log_theta(), cu_seqlens,
-            max_seqlen=max_seqlen, scale=self.scale, dropout_p=self._dropout_p(), seed=seed, offset=offset,
+            max_seqlen=max_seqlen, scale=self.scale, causal=self.causal, dropout_p=self._dropout_p(), seed=seed, offset=offset,
         )  # fmt: skip
         return self.out_proj(out[..., : self.head_dim].flatten(1))
 
@@ -312,7 +334,7 @@ def _draw_seed() -> int:
 
 def _check_causal(attn_mask: Tensor | None, device: torch.device, heads: int, length: int) -> None:
     if attn_mask is None:
-        raise ValueError("this attention is causal: pass is_causal=True or the causal attn_mask")
+        raise ValueError("this attention is causal: pass is_causal=True or the causal attn_mask, or build it with causal=False")
     causal = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
     if attn_mask.dtype != torch.bool:
         causal = torch.zeros_like(causal, dtype=torch.float32).masked_fill(causal, -math.inf)

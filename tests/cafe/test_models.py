@@ -1,7 +1,7 @@
 """Models against their equations written out, on padded single sequences."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +10,12 @@ import torch
 
 from cafe.batches import Batches
 from cafe.config import Config
-from cafe.models import blocks, build
+from cafe.models import MODELS, blocks, build
 from cafe.train import make_optimizers, train_step
 from cafe_kernels import DistanceMaskedAttention
 
 SMALL = {"dim": 16, "heads": 2, "max_len": 8, "batch_size": 16, "dropout": 0.0}
+OTHERS = sorted(MODELS.keys() - {"poprec", "sasrec", "cafe"})
 CHOICES = [
     {},
     {"block": "query_norm", "attention_bias": True, "score_scale": "sqrt_head_dim", "scale_embeddings": True},
@@ -30,8 +31,9 @@ def histories(dataset, count):
     return torch.from_numpy(rows.items).long(), torch.from_numpy(rows.indptr).int()
 
 
-@pytest.mark.parametrize("model", ["poprec", "sasrec", "cafe"])
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(
+    ("model", "choice"), [*product(["poprec", "sasrec", "cafe"], CHOICES), *((model, CHOICES[3]) for model in OTHERS)]
+)
 def test_scores_do_not_depend_on_batching_or_candidates(dataset, model, choice):
     torch.manual_seed(0)
     net = build(Config.make(model, **SMALL, **choice), dataset).eval()
@@ -92,9 +94,9 @@ def test_cafe_is_the_sum_of_its_encoders_and_ranks_by_the_product(dataset):
     torch.manual_seed(0)
     net = build(Config.make("cafe", **SMALL), dataset).eval()
     items, cu = histories(dataset, 1)
-    sequence = torch.zeros(len(items), dtype=torch.long)
-    fine = net.item_encoder(net.item_embedding[items], cu, len(items), sequence, 0)[-1]
-    coarse = net.intent_encoder(net.intent_embedding[net.item_intent[items]], cu, len(items), sequence, 0)[-1]
+    tokens = net.history(items, cu)
+    fine = net.item_encoder(net.item_embedding[items], tokens, 0)[-1]
+    coarse = net.intent_encoder(net.intent_embedding[net.item_intent[items]], tokens, 0)[-1]
     product = (
         torch.sigmoid(net.item_embedding @ (fine + coarse))
         * torch.sigmoid(net.intent_embedding @ coarse)[net.item_intent]
@@ -179,7 +181,7 @@ def test_sampled_softmax_by_hand(dataset):
     state = torch.randn(2, 8)
     batch = SimpleNamespace(
         positives=positives, negatives=negatives, positive_log_q=log_q[positives], negative_log_q=log_q[negatives],
-        ignore=ignore, sequence=torch.zeros(2, dtype=torch.long),
+        ignore=ignore, sequence=torch.zeros(2, dtype=torch.long), targets=None,
     )  # fmt: skip
     table = model.embed(torch.arange(dataset.num_items))
     expected = 0.0
