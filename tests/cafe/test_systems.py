@@ -119,9 +119,9 @@ def intent_shop() -> Dataset:
     [
         ("sasrec", False, 600),
         ("fdsa", True, 600),
-        ("bert4rec", False, 150),
-        ("bertf", True, 150),
-        ("lockerf", True, 150),
+        ("bert4rec", False, 300),
+        ("bertf", True, 300),
+        ("lockerf", True, 300),
     ],
 )
 def test_fusion_learns_a_rule_of_intents(model, reads, steps):
