@@ -67,14 +67,35 @@ def emit(data: dict[str, Any]) -> None:
 
 @app.command()
 def prepare(
-    interactions: Annotated[Path, typer.Option(help="CSV or Parquet, plain or gzip, or a folder of parts.")],
+    interactions: Annotated[Path, typer.Option(help="A file, plain or gzip, or a folder of parts.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     items: Annotated[Path | None, typer.Option(help="Item and intent of every item.")] = None,
-    user_col: Annotated[str, typer.Option(help="Column of the user.")] = "user",
-    item_col: Annotated[str, typer.Option(help="Column of the item.")] = "item",
-    time_col: Annotated[str, typer.Option(help="Column of the timestamp.")] = "timestamp",
-    intent_col: Annotated[str, typer.Option(help="Column of the intent (category, seller).")] = "intent",
+    format: Annotated[
+        Literal["table", "amazon", "tmall", "ijcai16", "recbole"],
+        typer.Option(help="table: CSV or Parquet. The others: the raw files of these data sets (docs/data.md)."),
+    ] = "table",
+    user_col: Annotated[
+        str | None, typer.Option(help="Column of the user.", show_default="user, or the format's")
+    ] = None,
+    item_col: Annotated[
+        str | None, typer.Option(help="Column of the item.", show_default="item, or the format's")
+    ] = None,
+    time_col: Annotated[
+        str | None, typer.Option(help="Column of the timestamp.", show_default="timestamp, or the format's")
+    ] = None,
+    intent_col: Annotated[
+        str | None,
+        typer.Option(help="Column of the intent.", show_default="intent, or the format's category or seller"),
+    ] = None,
     separator: Annotated[str, typer.Option(help="Of CSV files.")] = ",",
+    intent_level: Annotated[
+        int, typer.Option(help="How much of a category path is the intent: 1 its root, -1 all, -2 all but the last.")
+    ] = -1,
+    seq_separator: Annotated[str, typer.Option(help="Between the parts of a RecBole sequence.")] = " ",
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Only interactions with these values: column=value[,value]; repeat for several columns."),
+    ] = None,
     min_sequence_length: Annotated[int, typer.Option(min=1, help="Fewest interactions of a user.")] = 1,
     min_item_count: Annotated[
         int, typer.Option("--min-item-count", "-k", min=1, help="Fewest interactions of an item.")
@@ -90,12 +111,15 @@ def prepare(
     """Turn files of interactions and items into a dataset.
 
     Example: cafe prepare --interactions buys.csv.gz --items items.csv --out data/shop
+
+    cafe prepare --format tmall --interactions user_log_format1.csv --keep action_type=2 --out data/tmall
     """
     from cafe.data.prepare import prepare as run
 
     dataset = run(
-        interactions, items, out, user_col=user_col, item_col=item_col, time_col=time_col, intent_col=intent_col,
-        separator=separator, min_sequence_length=min_sequence_length, min_item_count=min_item_count,
+        interactions, items, out, format=format, user_col=user_col, item_col=item_col, time_col=time_col,
+        intent_col=intent_col, separator=separator, intent_level=intent_level, seq_separator=seq_separator,
+        keep=dict(map(_values, keep or [])), min_sequence_length=min_sequence_length, min_item_count=min_item_count,
         duplicates=duplicates, drop_incomplete=drop_incomplete, progress=lambda step: err_console.print(f"{step} ...", soft_wrap=True),
     )  # fmt: skip
     report = {"out": str(out), "stats": dataset.stats(), "preparation": dataset.preparation}
@@ -494,6 +518,13 @@ def _told_apart(results: list[Any], runs: list[Path]) -> list[Any]:
         replace(result, model=f"{label} ({name})", preset=None) if labels.count(label) > 1 else result
         for result, label, name in zip(results, labels, names, strict=True)
     ]
+
+
+def _values(text: str) -> tuple[str, list[str]]:
+    column, equals, values = text.partition("=")
+    if not equals or not column or not values:
+        raise ValueError(f"--keep {text!r}: expected column=value[,value]")
+    return column, values.split(",")
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -42,6 +42,16 @@ constexpr int64_t kAhead = 4;             // rows that are under way (prefetched
 constexpr int64_t kPowers = 1024;
 constexpr double kNegligible = 0x1p-30;   // history.py: NEGLIGIBLE
 
+// For writing: lines that are fetched for reading are asked for again when they are written. (GCC would not emit prefetchw for
+// every x86, though all since 2004 take it, and drops calls of functions that only prefetch; hence the assembly.)
+__attribute__((always_inline)) inline void prefetch(const void* line) {
+#ifdef CAFE_X86
+    asm volatile("prefetchw (%0)" : : "r"(line));
+#else
+    __builtin_prefetch(line, 1);
+#endif
+}
+
 struct Term {  // of a block of skipped steps
     float weight, epsilon, c2, c3, c4;
 };
@@ -52,6 +62,7 @@ struct Step {  // with a gradient, the same for all rows
 
 struct Row {
     const Step* step;
+    int64_t ahead;    // elements from it to a row that comes soon
     int64_t gap = 0;  // skipped steps
     float decay, beta1_power, beta2_power;
     int64_t terms;
@@ -151,19 +162,6 @@ std::vector<uint64_t> sort_rows(const int64_t* rows, int64_t n, int64_t table_ro
     return keys;
 }
 
-// For writing: lines that are fetched for reading are asked for again when they are written. (GCC would not emit prefetchw for
-// every x86, though all since 2004 take it, and drops calls of functions that only prefetch; hence the assembly.)
-template <class X>
-void prefetch_row(const X* x, int64_t count) {
-    auto begin = reinterpret_cast<uintptr_t>(x) & ~uintptr_t(63), end = reinterpret_cast<uintptr_t>(x + count);
-    for (; begin < end; begin += 64)
-#ifdef CAFE_X86
-        asm volatile("prefetchw (%0)" : : "r"(begin));
-#else
-        __builtin_prefetch(reinterpret_cast<const void*>(begin), 1);
-#endif
-}
-
 float to_float(float x) { return x; }
 float to_float(Bf16 x) {
     uint32_t bits = uint32_t(x.bits) << 16;
@@ -204,7 +202,7 @@ class Updater {
     // All rows.
     void run() const {
         for_blocks(table_.rows, [&](int64_t first, int64_t last, Room& room) {
-            for (int64_t row = first; row < last; ++row) update(row, nullptr, room);
+            for (int64_t row = first; row < last; ++row) update(row, row, nullptr, room);
         });
     }
 
@@ -218,11 +216,12 @@ class Updater {
         const int64_t n = int64_t(starts.size()) - 1;
         auto row_of = [&](int64_t i) { return int64_t(keys[starts[i]] >> 32); };
         for_blocks(n, [&](int64_t first, int64_t last, Room& room) {
-            for (int64_t i = first; i < std::min(first + kAhead, last); ++i) fetch(row_of(i), keys[starts[i]]);
             for (int64_t i = first; i < last; ++i) {
-                if (i + kAhead < last) fetch(row_of(i + kAhead), keys[starts[i + kAhead]]);
+                const int64_t ahead = std::min(i + kAhead, last - 1);
+                if (values_) prefetch_row(values_ + int64_t(uint32_t(keys[starts[ahead]])) * table_.dim);
                 if (table_.last_step && i + 4 * kAhead < last) __builtin_prefetch(table_.last_step + row_of(i + 4 * kAhead), 1);
-                update(row_of(i), values_ ? sum(keys.data() + starts[i], starts[i + 1] - starts[i], room) : nullptr, room);
+                update(row_of(i), row_of(ahead), values_ ? sum(keys.data() + starts[i], starts[i + 1] - starts[i], room) : nullptr,
+                       room);
             }
         });
     }
@@ -238,12 +237,8 @@ class Updater {
         });
     }
 
-    __attribute__((always_inline)) void fetch(int64_t row, uint64_t key) const {
-        const int64_t at = row * table_.dim;
-        prefetch_row(table_.p + at, table_.dim);
-        prefetch_row(table_.m + at, table_.dim);
-        prefetch_row(table_.v + at, table_.dim);
-        if (values_) prefetch_row(values_ + int64_t(uint32_t(key)) * table_.dim, table_.dim);
+    void prefetch_row(const G* x) const {
+        for (int64_t i = 0; i < table_.dim; i += 64 / sizeof(G)) prefetch(x + i);
     }
 
     const float* sum(const uint64_t* keys, int64_t count, Room& room) const {
@@ -257,9 +252,9 @@ class Updater {
         return sum;
     }
 
-    void update(int64_t number, const float* g, Room& room) const {
+    void update(int64_t number, int64_t next, const float* g, Room& room) const {
         Row row;
-        row.step = &options_.step;
+        row.step = &options_.step, row.ahead = (next - number) * table_.dim;
         if (history_) history_->catch_up(table_.last_step[number], row, room.terms);
         if (!row.gap && !g) return;
         const uint16_t* random = nullptr;

@@ -37,7 +37,10 @@ INLINE void update(const Row& row, T* p, S* m, S* v, const float* g, const uint1
 template <class T, class S>
 TARGET void update_row(const Row& row, int64_t dim, T* p, S* m, S* v, const float* g, const uint16_t* random, int64_t stride) {
     int64_t x = 0;
-    for (; x + W <= dim; x += W) update(row, p + x, m + x, v + x, g ? g + x : g, random ? random + x : random, stride);
+    for (; x + W <= dim; x += W) {
+        prefetch(p + x + row.ahead), prefetch(m + x + row.ahead), prefetch(v + x + row.ahead);
+        update(row, p + x, m + x, v + x, g ? g + x : g, random ? random + x : random, stride);
+    }
     if (x == dim) return;
     const int64_t rest = dim - x;
     T p_rest[W] = {};

@@ -2,18 +2,20 @@
 
 The steps, in this order; the report (`Dataset.preparation`) says how much each took away:
 
-1. Rows without a user, item or timestamp are refused, or dropped on request.
+1. Rows without a user, item or timestamp are refused, or dropped on request; so are rows without the values of `keep`.
 2. A user's rows are sorted by timestamp; equal timestamps keep the order of the files.
 3. `duplicates`: what to do with a user's repeated interactions with one item.
 4. `min_item_count` and `min_sequence_length`, repeated until both hold for everything that is left (the k-core).
-5. Each item gets its intent; an item without one gets the intent "unknown".
+5. Each item gets its intent; an item without one gets the intent "unknown". Of several it keeps the first that the items
+   file names; in a log whose rows name the intent, the one of most rows, of equally many the smallest.
 6. Users, items and intents are numbered in the order of their ids, whatever the order of the rows.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from decimal import Decimal
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, get_args
 
 import numpy as np
@@ -21,8 +23,9 @@ import polars as pl
 
 from cafe.data import dataset as data
 from cafe.data.dataset import Dataset, Sequences
-from cafe.data.files import Table, read_table
+from cafe.data.files import Format, Options, Table, read_table
 from cafe.data.folders import check_replaceable
+from cafe.data.raw import FORMATS
 
 UNKNOWN = "unknown"
 WHOLE_NUMBER = r"^(0|-?[1-9][0-9]{0,17})$"
@@ -35,12 +38,16 @@ def prepare(
     items: str | Path | None = None,
     out: str | Path | None = None,
     *,
-    user_col: str = "user",
-    item_col: str = "item",
-    time_col: str = "timestamp",
-    intent_col: str = "intent",
+    format: str = "table",
+    user_col: str | None = None,
+    item_col: str | None = None,
+    time_col: str | None = None,
+    intent_col: str | None = None,
     items_item_col: str | None = None,
     separator: str = ",",
+    intent_level: int = -1,
+    seq_separator: str = " ",
+    keep: Mapping[str, Collection[str]] = MappingProxyType({}),
     min_sequence_length: int = 1,
     min_item_count: int = 1,
     duplicates: Duplicates = "keep",
@@ -50,14 +57,19 @@ def prepare(
 ) -> Dataset:
     """Makes a dataset of a file of interactions and a file of items, and saves it to the folder `out` if given.
 
-    Files are CSV or Parquet, plain or gzip, or a folder of such parts. Ids are text or whole numbers and keep their
-    type (a CSV column is numbers if every value is a whole number written plainly: 7, not 007 or 7.0). Timestamps are
-    numbers, dates, or ISO 8601 text.
+    Files are CSV or Parquet, plain or gzip, or a folder of such parts, or of another `format` (`cafe.data.raw`). Ids are
+    text or whole numbers and keep their type (a CSV column is numbers if every value is a whole number written plainly:
+    7, not 007 or 7.0). Timestamps are numbers, dates, or ISO 8601 text.
 
     Args:
         interactions: one row per interaction, columns `user_col`, `item_col` and `time_col`.
         items: one row per item, columns `items_item_col` (default: `item_col`) and `intent_col`. An item listed more
             than once keeps its first intent, so this may be the interactions' own file if its rows name the intent.
+            Default for "tmall" and "ijcai16": the interactions' own file.
+        format: "table", "amazon", "tmall", "ijcai16" or "recbole"; it says how the columns are called unless they are named here.
+        intent_level: how much of a category path is the intent: 1 its root, 2 the next as well, -1 all, -2 all but the last.
+        seq_separator: between the parts of a sequence in RecBole's files.
+        keep: column of the interactions -> values as the file writes them; other rows are left out and counted.
         out: the folder to write; an earlier prepared dataset there is replaced once the new one is complete.
         min_sequence_length: the fewest interactions of a user.
         min_item_count: the fewest interactions of an item.
@@ -85,16 +97,24 @@ def prepare(
     """
     if duplicates not in get_args(Duplicates):
         raise ValueError(f"duplicates {duplicates!r}: expected one of {', '.join(get_args(Duplicates))}")
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
+    if intent_level == 0 or not seq_separator:
+        raise ValueError("intent_level counts from 1 (the root) or from -1 (the finest); seq_separator is not empty")
     if min(min_sequence_length, min_item_count) < 1:
         raise ValueError("min_sequence_length and min_item_count count from 1")
     if out is not None:
         check_replaceable(Path(out), data.MARKER, data.FORMAT, [data.MARKER, *data.FILES])
     notes: list[str] = []
+    kind, options = FORMATS[format], Options(separator, intent_level, seq_separator)
+    item_col = item_col or kind.item
+    own_items = items is None and kind.names_intents
 
     progress("reading interactions")
     events, users, items_seen, dropped = _events(
-        interactions, {"user": user_col, "item": item_col, "time": time_col}, separator, drop_incomplete
-    )
+        interactions, {"user": user_col or kind.user, "item": item_col, "time": time_col or kind.time},
+        kind, options, keep, drop_incomplete,
+    )  # fmt: skip
     read = {"interactions": len(events), "users": len(users), "items": len(items_seen)}
 
     progress("sorting and filtering")
@@ -113,18 +133,20 @@ def prepare(
 
     progress("giving items their intents")
     catalog = pl.DataFrame({"id": items_seen.gather(kept_items), "number": kept_items})
-    if items is None:
+    if items is None and not own_items:
         notes.append(f"no items file: every item gets the intent {UNKNOWN!r}")
         intents, typed = pl.repeat(UNKNOWN, len(catalog), eager=True), True
     else:
         labels, typed, dropped["incomplete_item_rows"] = _labels(
-            items, {"item": items_item_col or item_col, "intent": intent_col}, separator, drop_incomplete
-        )
+            interactions if items is None else items,
+            {"item": items_item_col or item_col, "intent": intent_col or kind.intent},
+            kind, options, keep if own_items else {}, drop_incomplete,
+        )  # fmt: skip
         unseen = _unseen(labels, items_seen)
         dropped["unseen_items"] = 0 if keep_unseen_items else len(unseen)
         if keep_unseen_items:
             catalog = _append(catalog, unseen)
-        intents = _intents(catalog, labels, notes)
+        intents = _intents(catalog, labels, notes, "most frequent" if own_items else "first")
     intent_ids, item_intent = _number(intents, typed)
 
     lengths = np.bincount(kept["user"], minlength=len(users))[kept_users]
@@ -143,6 +165,9 @@ def prepare(
             "interactions": str(interactions),
             "items": None if items is None else str(items),
             "options": {
+                "format": format,
+                "intent_level": intent_level,
+                "keep": {column: list(values) for column, values in keep.items()},
                 "duplicates": duplicates,
                 "min_item_count": min_item_count,
                 "min_sequence_length": min_sequence_length,
@@ -164,12 +189,19 @@ def prepare(
 
 
 def _events(
-    path: str | Path, columns: dict[str, str], separator: str, drop_incomplete: bool
+    path: str | Path,
+    columns: dict[str, str],
+    format: Format,
+    options: Options,
+    keep: Mapping[str, Collection[str]],
+    drop_incomplete: bool,
 ) -> tuple[pl.DataFrame, pl.Series, pl.Series, dict[str, int]]:
     """Rows in file order (user, item: int32 numbers; time: int64 or float64), user ids, item ids, rows dropped."""
-    table = read_table(path, columns, separator)
+    table = read_table(path, columns, format, options, keep)
     times = _times(table, columns["time"])
-    complete = _complete(table, columns, drop_incomplete)
+    complete = _complete(table, columns, format, drop_incomplete)
+    dropped = {"incomplete_rows": int((table.kept & ~complete).sum()), "unkept_rows": int((~table.kept).sum())}
+    complete &= table.kept
     times = times.filter(complete)
     users, user = _number(_ids(table, "user", columns).filter(complete), table.typed)
     items, item = _number(_ids(table, "item", columns).filter(complete), table.typed)
@@ -177,30 +209,40 @@ def _events(
         pl.DataFrame({"user": user, "item": item, "time": times}),
         users,
         items,
-        {"incomplete_rows": len(complete) - len(times)},
+        dropped,
     )
 
 
 def _labels(
-    path: str | Path, columns: dict[str, str], separator: str, drop_incomplete: bool
+    path: str | Path,
+    columns: dict[str, str],
+    format: Format,
+    options: Options,
+    keep: Mapping[str, Collection[str]],
+    drop_incomplete: bool,
 ) -> tuple[pl.DataFrame, bool, int]:
-    """Rows (item: text, intent: text or number, null where missing), whether the files knew types, rows dropped."""
-    table = read_table(path, columns, separator)
-    complete = _complete(table, {"item": columns["item"]}, drop_incomplete)
-    item, intent = _ids(table, "item", columns).cast(pl.String), _ids(table, "intent", columns)
-    labels = pl.DataFrame({"item": item, "intent": intent}).filter(complete)
-    return labels, table.typed, len(complete) - len(labels)
+    """Rows (item: text, intent: text or number, null where missing), whether the files knew types, rows dropped.
+
+    Of a log whose rows name the intent: each pair once, an item's most frequent intent first, then the smallest.
+    """
+    table = read_table(path, columns, format, options, keep)
+    complete = _complete(table, {"item": columns["item"]}, format, drop_incomplete)
+    labels = pl.DataFrame({"item": _ids(table, "item", columns), "intent": _ids(table, "intent", columns)})
+    labels = labels.filter(complete & table.kept)
+    if format.names_intents:
+        labels = labels.group_by("item", "intent").len().sort("len", "intent", descending=[True, False]).drop("len")
+    return labels.cast({"item": pl.String}), table.typed, int((table.kept & ~complete).sum())
 
 
-def _complete(table: Table, columns: dict[str, str], drop_incomplete: bool) -> pl.Series:
-    """Which rows have a value in each of `columns`; refuses others unless they are to be dropped."""
+def _complete(table: Table, columns: dict[str, str], format: Format, drop_incomplete: bool) -> pl.Series:
+    """Which rows have a value in each of `columns`; refuses others that are kept unless they are to be dropped."""
     complete = table.frame.select(pl.all_horizontal(pl.col(*columns).is_not_null())).to_series()
-    missing = np.flatnonzero(~complete)
+    missing = np.flatnonzero(table.kept & ~complete)
     if len(missing) and not drop_incomplete:
         name = next(name for name in columns if table.frame[name][int(missing[0])] is None)
         raise ValueError(
-            f"column {columns[name]!r}, {table.where(int(missing[0]))}: no value ({_count(len(missing), 'such row')}; "
-            "--drop-incomplete drops them)"
+            f"column {columns[name]!r}, {table.where(int(missing[0]))}: no value{format.wrong} "
+            f"({_count(len(missing), 'such row')}; --drop-incomplete drops them)"
         )
     return complete
 
@@ -323,13 +365,13 @@ def _append(catalog: pl.DataFrame, unseen: pl.Series) -> pl.DataFrame:
     return pl.concat([catalog.cast({"id": unseen.dtype}), extra]).sort("id")
 
 
-def _intents(catalog: pl.DataFrame, labels: pl.DataFrame, notes: list[str]) -> pl.Series:
+def _intents(catalog: pl.DataFrame, labels: pl.DataFrame, notes: list[str], which: str) -> pl.Series:
     """The intent of each item of the catalog: the first that the items file gives it, or else "unknown"."""
     labels = labels.drop_nulls().unique(maintain_order=True)
     key = catalog.select(item=pl.col("id").cast(pl.String))
     several = labels.filter(pl.col("item").is_duplicated()).join(key, on="item", how="semi")["item"].n_unique()
     if several:
-        notes.append(f"{_count(several, 'item')} listed with several intents: the first one is kept")
+        notes.append(f"{_count(several, 'item')} listed with several intents: the {which} one is kept")
     labels = labels.unique("item", keep="first", maintain_order=True)
     intents = key.join(labels, on="item", how="left", maintain_order="left")["intent"]
     if missing := intents.null_count():

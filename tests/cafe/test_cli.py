@@ -17,6 +17,7 @@ from rich.console import Console
 from cafe import cli, plots
 from cafe.cli import main
 from cafe.config import Config
+from cafe.data.dataset import Dataset
 from cafe.evaluate import evaluate
 from cafe.evaluation import compare
 from cafe.models.poprec import PopRec
@@ -185,6 +186,31 @@ def call(monkeypatch, capsys):
         return done
 
     return run
+
+
+def test_prepare_reads_raw_files(tmp_path, call):
+    (tmp_path / "log.csv").write_text(
+        "user_id,item_id,cat_id,seller_id,brand_id,time_stamp,action_type\n"
+        "1,10,5,7,,0511,0\n1,11,6,8,2,0512,2\n1,10,5,7,,0513,1\n2,11,6,8,2,0511,2\n"
+    )
+    command = [
+        "prepare",
+        "--format",
+        "tmall",
+        "--interactions",
+        tmp_path / "log.csv",
+        "--out",
+        tmp_path / "out",
+        "--json",
+    ]
+    made = json.loads(call(*command, "--keep", "action_type=1,2", "--intent-col", "cat_id").out)
+    assert made["stats"]["interactions"] == 3
+    assert made["preparation"]["dropped"]["unkept_rows"] == 1
+    assert Dataset.load(tmp_path / "out").intent_ids.to_list() == [5, 6]
+    for wrong in ("action_type", "=2", "action_type="):
+        assert "expected column=value[,value]" in call(*command, "--keep", wrong, code=1).err
+    command[2] = "amazon"
+    assert "expected a file that ends in .json" in call(*command, code=1).err
 
 
 def test_brackets_are_text_and_not_markup(shop, tmp_path, call):
