@@ -1,4 +1,4 @@
-"""The `cafe` command: prepare, simulate, train, evaluate, compare, recommend.
+"""The `cafe` command: prepare, simulate, train, evaluate, compare, report, recommend.
 
 Results go to standard output (with --json: one JSON object and nothing else), progress and warnings to standard error.
 A mistake in the input is one line and exit code 1; a mistake in the options exits with 2; Ctrl-C with 130.
@@ -294,7 +294,9 @@ def evaluate(
 @app.command()
 def compare(
     runs: Annotated[list[Path] | None, typer.Argument(help="Run folders; the first is the baseline.")] = None,
-    config: Annotated[str | None, typer.Option(help="An experiment: table2, table3 or a TOML file; trains it.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="An experiment: table2, table3, figure4 or a TOML file; trains it.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="With --config: folder for the runs.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="With --config: how many, if not as it says.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.")] = None,
@@ -396,6 +398,47 @@ def _compare_experiment(
         )
     text = experiment_markdown(results, experiment.baseline, [metric, *(name for name in SHOWN if name != metric)])
     print(text)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Folder for index.html and its figures.")],
+    runs: Annotated[list[Path], typer.Option(help="Run folders, or folders of runs (compare --config --out).")],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="", hidden=True)] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Prepared dataset, if not where a run was trained.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="System to compare with.", show_default="the experiment's, else SASRec")
+    ] = None,
+    protocol: Annotated[list[str] | None, typer.Option(help="Repeat for several; by default all three.")] = None,
+    split: Annotated[str, typer.Option(help="test or valid.")] = "test",
+    as_json: Json = False,
+) -> None:
+    """Write one page about runs: tables with intervals, the paper's figures, learning curves, configuration.
+
+    Runs of one system, folders SYSTEM-SEED, are averaged over their seeds; several datasets give the figure by sparsity.
+
+    Example: cafe report --runs runs/table2 --out report
+
+    cafe report --runs runs/k1 runs/k5 runs/k20 --out report
+    """
+    from cafe.report import PAGE, write_report
+
+    try:
+        notes = write_report(
+            [*runs, *(more or [])], out, data=data or [], baseline=baseline, split=split,
+            protocols=protocol or ["aligned", "full", "authors"],
+            progress=lambda step: err_console.print(f"{step} ...", highlight=False, soft_wrap=True),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        err_console.print(
+            "interrupted; no report was written. Evaluations that were finished are kept for the next one"
+        )
+        raise typer.Exit(130) from None
+    if as_json:
+        return emit({"page": str(out / PAGE), "notes": notes})
+    for note in notes:
+        _tell("note", "yellow", note)
+    out_console.print(f"{out / PAGE}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -12,19 +12,23 @@ The file is TOML:
     [systems.SASRec]               # one such part a system, in the order of the tables
     model = "sasrec"               # and any field of the configuration (cafe.config); `preset` is "paper" unless given
 
-`table2` and `table3` are files that come with the package. A system's seed is a run folder of its own, SYSTEM-SEED, which all commands
-read; a folder that is there is gone on with, so the work can be cut and repeated, and grows with `seeds`.
+`table2`, `table3` and `figure4` are files that come with the package. A system's seed is a run folder of its own, SYSTEM-SEED, which all
+commands read; a folder that is there is gone on with, so the work can be cut and repeated, and grows with `seeds`. Beside them
+experiment.json keeps the systems' names and the baseline for `cafe report`.
 """
 
+import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cafe.config import Config
 from cafe.data.dataset import Dataset
+from cafe.data.folders import write_atomically
 from cafe.evaluate import evaluate
 from cafe.evaluation import Evaluation, Results
 from cafe.train import fit, load_run
@@ -35,6 +39,7 @@ else:
     import tomli as tomllib
 
 BUILT_IN = Path(__file__).with_name("experiments")
+NAMES = "experiment.json"
 DEFAULTS: dict[str, Any] = {"baseline": None, "seeds": 3, "protocols": ["aligned", "full", "authors"], "common": {}}
 
 
@@ -114,6 +119,9 @@ def run_experiment(
     """
     data, out = Path(data), Path(out)
     dataset = Dataset.load(data)
+    out.mkdir(parents=True, exist_ok=True)
+    names = {"systems": {slug(name): name for name in experiment.systems}, "baseline": experiment.baseline}
+    write_atomically({out / NAMES: [json.dumps(names, indent=2).encode()]})
     results: Results = {protocol: {name: [] for name in experiment.systems} for protocol in experiment.protocols}
     for seed, name, config in _runs(experiment):
         run = out / f"{slug(name)}-{seed}"
@@ -127,7 +135,7 @@ def run_experiment(
             progress=progress(name, seed),
         )
         for protocol in experiment.protocols:
-            results[protocol][name].append(_ranked(run, name, dataset, protocol))
+            results[protocol][name].append(ranked(run, name, dataset, protocol))
     return results
 
 
@@ -138,12 +146,19 @@ def _runs(experiment: Experiment) -> Iterator[tuple[int, str, Config]]:
             yield seed, name, Config(**vars(config) | {"seed": seed})
 
 
-def _ranked(run: Path, name: str, dataset: Dataset, protocol: str) -> Evaluation:
-    file = run / f"test-{protocol}.npz"
-    if not file.exists() or file.stat().st_mtime_ns < (run / "best.safetensors").stat().st_mtime_ns:
-        model, _ = load_run(run)
-        evaluate(model, dataset, "test", protocol, batch_size=1024, name=name).save(file)
-    return Evaluation.load(file)
+def ranked(run: Path, name: str, dataset: Dataset, protocol: str, split: str = "test") -> Evaluation:
+    """A run's evaluation of everybody by the default candidates: read from the run folder, or computed and kept there."""
+    file = run / f"{split}-{protocol}.npz"
+    if file.exists() and file.stat().st_mtime_ns >= (run / "best.safetensors").stat().st_mtime_ns:
+        found = Evaluation.load(file)
+        if (found.dataset, found.seed, found.popularity) in ((dataset.fingerprint, 0, kind) for kind in ("all", None)):
+            return replace(found, model=name)
+    result = evaluate(load_run(run, dataset)[0], dataset, split, protocol, batch_size=1024, name=name)
+    try:
+        result.save(file)
+    except OSError as error:
+        warnings.warn(f"the evaluation is not saved in {run}: {error}", stacklevel=2)
+    return result
 
 
 def slug(name: str) -> str:

@@ -226,7 +226,7 @@ def _train(
     masks = [part for part in model.modules() if isinstance(part, DistanceMaskedAttention) and part.max_distance]
     if masks:
         lengths = np.minimum(batches.train.lengths[batches.rows] - 1, config.max_len)
-        plot_theta([mask.theta_curves() for mask in masks], lengths, out / "theta.png")
+        plot_theta([mask.theta_curves() for mask in masks], lengths, out / "theta.png", masks[0].causal)
     return model.eval()
 
 
@@ -302,8 +302,10 @@ def _check_finite(loss: float, step: int, lr: float) -> None:
         raise ValueError(f"the loss became {loss} at step {step}: start a new run with a lower --lr than {lr}")
 
 
-def load_run(run: str | Path, data: str | Path | None = None) -> tuple[Model, Dataset]:
+def load_run(run: str | Path, data: str | Path | Dataset | None = None) -> tuple[Model, Dataset]:
     """The trained model (at its best validation) and its dataset; warns where the training is not finished.
+
+    data: the dataset or where it is, if not where the run was trained.
 
     Raises:
         FileNotFoundError, ValueError: not a run, one of another version, damaged, or trained on another dataset.
@@ -314,7 +316,7 @@ def load_run(run: str | Path, data: str | Path | None = None) -> tuple[Model, Da
     path = data or meta["data"]
     if path is None:
         raise ValueError(f"{run} does not say where its dataset is: give --data")
-    dataset = Dataset.load(path)
+    dataset = path if isinstance(path, Dataset) else Dataset.load(path)
     if dataset.fingerprint != meta["fingerprint"]:
         raise ValueError(f"{run} was trained on another dataset than {path}: give the right one with --data")
     model = build(config, dataset)
