@@ -36,11 +36,9 @@ def test_the_tables_of_the_paper_come_with_the_package():
     table2, table3 = read_experiment("table2"), read_experiment("table3")
     assert sorted(config.model for config in table2.systems.values()) == sorted(MODELS)
     assert {config.preset for config in table2.systems.values()} == {"paper"}
-    assert [
-        (config.model, config.distance_mask, config.join != "item") for config in table3.systems.values()
-    ] == [
-        ("sasrec", True, True), ("fdsa", True, True), ("cafe", False, False), ("cafe", True, False), ("cafe", False, True), ("cafe", True, True)
-    ]  # fmt: skip
+    parts = [(config.model, config.distance_mask, config.join != "item") for config in table3.systems.values()]
+    assert parts[:2] == [("sasrec", True, True), ("fdsa", True, True)]
+    assert parts[2:] == [("cafe", False, False), ("cafe", True, False), ("cafe", False, True), ("cafe", True, True)]
     assert table3.systems["+(1)(2)(3)(4) CAFE"] == Config.make("cafe", "paper", dim=64)
 
 
