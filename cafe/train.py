@@ -393,7 +393,9 @@ def _validate(
         protocol,
         max_users=users or config.valid_users,
         intent_weights=weights,
-        batch_size=1024,
+        batch_size=1024
+        if protocol == "full"
+        else 256,  # the index reads the catalog once a batch; candidates take memory
     )
     if not weights:
         return {metric: result.mean(metric) for metric in ("ndcg@10", "hr@10")}

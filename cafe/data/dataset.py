@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ VERSION = 2
 MARKER = "meta.json"
 ARRAYS = {"indptr": np.int64, "items": np.int32, "item_intent": np.int32}
 VOCABULARIES = ("users", "items", "intents")
+AT_ONCE = 1 << 20  # interactions that are sorted or gathered at a time, which takes some 50 bytes each
 FILES = [f"{name}.npy" for name in ARRAYS] + [f"{name}.parquet" for name in VOCABULARIES]
 
 
@@ -79,9 +81,12 @@ class Sequences:
         lengths = stop - start
         indptr = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=indptr[1:])
-        positions = np.repeat(start - indptr[:-1], lengths)
-        positions += np.arange(indptr[-1])
-        return Sequences(indptr, self.items[positions])
+        items = np.empty(indptr[-1], self.items.dtype)
+        for first, last in _blocks(indptr):
+            positions = np.repeat((start - indptr[:-1])[first:last], lengths[first:last])
+            positions += np.arange(indptr[first], indptr[last])
+            items[indptr[first] : indptr[last]] = self.items[positions]
+        return Sequences(indptr, items)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,13 +184,15 @@ class Dataset:
 
     def sorted_histories(self) -> Sequences:
         """Each user's WHOLE set of items, ascending and without repeats: what a negative must not be."""
-        users = np.repeat(np.arange(self.num_users), self.sequences.lengths)
-        pairs = np.sort(users * self.num_items + self.sequences.items)
-        pairs = pairs[np.diff(pairs, prepend=-1) > 0]
-        users, items = np.divmod(pairs, self.num_items)
-        indptr = np.zeros(self.num_users + 1, np.int64)
-        np.cumsum(np.bincount(users, minlength=self.num_users), out=indptr[1:])
-        return Sequences(indptr, items.astype(np.int32))
+        indptr, items = self.sequences.indptr, self.sequences.items
+        lengths, sets = [np.zeros(1, np.int64)], [np.zeros(0, np.int32)]
+        for start, stop in _blocks(indptr):
+            row = np.repeat(np.arange(stop - start), np.diff(indptr[start : stop + 1]))
+            pairs = np.sort(row * self.num_items + items[indptr[start] : indptr[stop]])
+            row, of_row = np.divmod(pairs[np.diff(pairs, prepend=-1) > 0], self.num_items)
+            lengths.append(np.bincount(row, minlength=stop - start))
+            sets.append(of_row.astype(np.int32))
+        return Sequences(np.cumsum(np.concatenate(lengths)), np.concatenate(sets))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -253,6 +260,15 @@ class Dataset:
 
     def _vocabulary(self, name: str) -> pl.Series:
         return {"users": self.user_ids, "items": self.item_ids, "intents": self.intent_ids}[name]
+
+
+def _blocks(indptr: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ranges of rows, first to last - 1, of about AT_ONCE entries together."""
+    rows = len(indptr) - 1
+    if indptr[-1] <= AT_ONCE:
+        return iter([(0, rows)])
+    first = np.searchsorted(indptr, np.arange(0, indptr[-1], AT_ONCE))
+    return pairwise(np.unique([0, *first, rows]).tolist())
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cafe.data.dataset import Dataset
+from cafe.data.dataset import Dataset, Sequences
 from cafe.data.folders import new_folder
 from cafe.data.prepare import prepare
 
@@ -484,3 +484,33 @@ def test_a_new_folder_replaces_the_former_one_whole(tmp_path):
     assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["marker.json", "part"]
     assert (tmp_path / "out" / "part").read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_large_datasets_are_worked_on_in_blocks(monkeypatch):
+    """Blocks of a few interactions give what one block gives, with rows that are empty and longer than a block."""
+    rng = np.random.default_rng(0)
+    lengths = rng.choice([0, 1, 3, 7, 30], 40)
+    sequences = Sequences(
+        np.concatenate([[0], np.cumsum(lengths)]), rng.integers(20, size=lengths.sum()).astype(np.int32)
+    )
+    ids = [pl.Series(range(count)) for count in (40, 20, 1)]
+    dataset = Dataset(sequences, np.zeros(20, np.int32), *ids)
+    whole = [
+        dataset.sorted_histories(),
+        dataset.train(),
+        dataset.holdout("test").histories,
+        sequences.take([5, 2, 5], 4),
+    ]
+    for row, items in enumerate(sequences):
+        assert whole[0][row].tolist() == sorted(set(items.tolist()))
+    monkeypatch.setattr("cafe.data.dataset.AT_ONCE", 6)
+    blocks = [
+        dataset.sorted_histories(),
+        dataset.train(),
+        dataset.holdout("test").histories,
+        sequences.take([5, 2, 5], 4),
+    ]
+    for one, other in zip(whole, blocks, strict=True):
+        np.testing.assert_array_equal(one.indptr, other.indptr)
+        np.testing.assert_array_equal(one.items, other.items)
+        assert one.items.dtype == other.items.dtype == np.int32
