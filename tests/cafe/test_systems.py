@@ -13,7 +13,7 @@ from cafe.models import MODELS, build
 from cafe.models.bert4rec import BERT4Rec
 from cafe.train import make_optimizers, train_step
 
-SMALL = {"dim": 16, "max_len": 8, "batch_size": 32, "dropout": 0.0, "lr": 0.01, "loss": "full"}
+SMALL = {"dim": 16, "max_len": 8, "batch_size": 32, "dropout": 0.0, "lr": 0.01, "loss": "full", "mask_prob": 0.2}
 
 
 def make_shop(rows, item_intent) -> Dataset:
