@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.models.base import Tokens
+from cafe.models.blocks import hide
 from cafe.models.sasrec import SASRec
 
 
@@ -45,8 +46,3 @@ class BERT4Rec(SASRec):
             targets=ends[1:].long() - 1,
             users=users,
         )
-
-
-def hide(x: Tensor, tokens: Tokens, hidden: Tensor) -> Tensor:
-    """x (T, d) with `hidden` (d) at the targets."""
-    return x if tokens.targets is None else x.index_copy(0, tokens.targets, hidden.expand(len(tokens.targets), -1))

@@ -23,6 +23,16 @@ Masks = Tensor | tuple[float, ...]  # what dropout multiplies its three places i
 SITES = 3  # attention's output, the feed-forward's inner and outer ones
 
 
+def embedding_table(rows: int, config: Config) -> nn.Parameter:
+    """(rows, d), as every embedding begins."""
+    return nn.Parameter(torch.randn(rows, config.dim).mul_(config.init_std))
+
+
+def hide(x: Tensor, tokens: Tokens, hidden: Tensor) -> Tensor:
+    """x (T, d) with `hidden` (d) at the targets of a cloze."""
+    return x if tokens.targets is None else x.index_copy(0, tokens.targets, hidden.expand(len(tokens.targets), -1))
+
+
 def make_attention(
     config: Config,
     max_distance: int | None = None,
@@ -67,15 +77,16 @@ class Block(nn.Module):
             "offset": offset,
         }
         query = self.norm_attention(x)
-        if self.config.block == "query_norm":
-            attended = self.attention.packed(query, tokens.cu_seqlens, key_value=x, **options).to(x.dtype)
-            x = attended.mul_(masks[0]).add_(query)
-            normed = x = self.norm_feed_forward(x)
-        else:
-            steered = query if side is None else query + side
-            attended = self.attention.packed(steered, tokens.cu_seqlens, value=query, **options).to(x.dtype)
-            x = attended.mul_(masks[0]).add_(x)
-            normed = self.norm_feed_forward(x)
+        on_query = self.config.block == "query_norm"
+        source, residual = (x, query) if on_query else (query, x)
+        steered = (query, source) if side is None else (query + side, source + side)
+        attended = self.attention.packed(
+            steered[0], tokens.cu_seqlens, key_value=steered[1], value=source, **options
+        ).to(x.dtype)
+        x = attended.mul_(masks[0]).add_(residual)
+        normed = self.norm_feed_forward(x)
+        if on_query:
+            x = normed
         inner = self.inner(normed).mul_(masks[1]).relu_()  # a mask is not negative: ReLU and dropout commute
         return self.outer(inner).to(x.dtype).mul_(masks[2]).add_(x)  # under autocast too, the residual is float32
 
@@ -89,7 +100,7 @@ class Encoder(nn.Module):
     def __init__(self, config: Config, attention: Callable[[Config], DistanceMaskedAttention] = make_attention) -> None:
         super().__init__()
         self.config = config
-        self.position = nn.Parameter(torch.randn(config.max_len, config.dim).mul_(config.init_std))
+        self.position = embedding_table(config.max_len, config)
         self.blocks = nn.ModuleList(Block(config, attention(config)) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim, eps=1e-8)
 

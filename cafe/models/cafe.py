@@ -6,13 +6,13 @@ score(v) = log sigma(r^v_v) + log sigma(r^c_{c(v)})                             
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.models.base import RANKINGS, Batch, Tokens
-from cafe.models.blocks import Encoder
+from cafe.models.blocks import Encoder, embedding_table
 from cafe.models.sasrec import SASRec
 from cafe_kernels.losses import sampled_bce, sampled_softmax
 from cafe_kernels.topk.reference import JOINS
@@ -25,12 +25,11 @@ class CAFE(SASRec):
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
-        self.intent_embedding = nn.Parameter(torch.randn(self.num_intents, config.dim).mul_(config.init_std))
+        self.intent_embedding = embedding_table(self.num_intents, config)
         self.intent_encoder = Encoder(config)
 
     def encode(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-        intents = nn.functional.embedding(self.item_intent[tokens.items], self.intent_embedding)
-        coarse = self.intent_encoder(intents, tokens, stream=2 * tokens.step + 1)
+        coarse = self.intent_encoder(self.read_intents(tokens), tokens, stream=2 * tokens.step + 1)
         fine = self.item_encoder(self.read(tokens), tokens, stream=2 * tokens.step)
         return fine + coarse, coarse
 
@@ -47,9 +46,8 @@ class CAFE(SASRec):
         """BCE over the next intent and one negative (Eq. 9), or the full softmax over intents; coarse (T, d)."""
         positives = self.item_intent[batch.positives]
         if self.config.intent_loss == "softmax":
-            intents = torch.arange(
-                self.num_intents, device=coarse.device
-            )  # all of them, and never (T, C) logits in memory
+            # All of them, and never (T, C) logits in memory.
+            intents = torch.arange(self.num_intents, device=coarse.device)
             return sampled_softmax(coarse, self.intent_embedding, positives, intents)
         assert batch.intent_negatives is not None
         return sampled_bce(coarse, self.intent_embedding, positives, batch.intent_negatives)

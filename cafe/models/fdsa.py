@@ -9,12 +9,12 @@ LOCKER-F are BERT4Rec and LOCKER with it, as the CAFE paper extends them.
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
 
 from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.models.base import Tokens
-from cafe.models.bert4rec import BERT4Rec, hide
+from cafe.models.bert4rec import BERT4Rec
+from cafe.models.blocks import embedding_table
 from cafe.models.locker import LOCKER
 from cafe.models.sasrec import SASRec
 
@@ -24,19 +24,14 @@ class Fused(SASRec):
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
-        self.intent_embedding = nn.Parameter(torch.randn(self.num_intents, config.dim).mul_(config.init_std))
+        self.intent_embedding = embedding_table(self.num_intents, config)
         self.intent_encoder = self.make_encoder()
         self.fusion = nn.Linear(2 * config.dim, config.dim)
 
     def encode(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         items, _ = super().encode(tokens)
-        read = self.read_intents(tokens)
-        intents = self.intent_encoder(read, tokens, stream=2 * tokens.step + 1)
+        intents = self.intent_encoder(self.read_intents(tokens), tokens, stream=2 * tokens.step + 1)
         return self.fusion(torch.cat([items, intents], 1)), None
-
-    def read_intents(self, tokens: Tokens) -> Tensor:
-        intents = embedding(self.item_intent[tokens.items], self.intent_embedding)
-        return hide(intents, tokens, intents.new_zeros(intents.shape[1]))
 
 
 class FDSA(Fused):

@@ -5,21 +5,20 @@
 on BERT4Rec. Left open by the paper or changed here: of its three fusors the sum; R is the normalised input of the block.
 """
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.models.base import Tokens
-from cafe.models.bert4rec import BERT4Rec, hide
+from cafe.models.bert4rec import BERT4Rec
+from cafe.models.blocks import embedding_table
 
 
 class NOVA(BERT4Rec):
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
-        self.intent_embedding = nn.Parameter(torch.randn(self.num_intents, config.dim).mul_(config.init_std))
+        self.intent_embedding = embedding_table(self.num_intents, config)
 
     def encode(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-        intents = nn.functional.embedding(self.item_intent[tokens.items], self.intent_embedding)
-        side = hide(intents, tokens, torch.zeros_like(intents[0]))
+        side = self.read_intents(tokens)
         return self.item_encoder(self.read(tokens), tokens, stream=2 * tokens.step, side=side), None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.models.base import Batch, Model, Scores, Tokens
-from cafe.models.blocks import Encoder, last_tokens, make_attention
+from cafe.models.blocks import Encoder, embedding_table, hide, last_tokens, make_attention
 from cafe_kernels import TopKIndex
 from cafe_kernels.losses import sampled_bce, sampled_softmax
 
@@ -19,12 +19,13 @@ class SASRec(Model):
 
     mask = False  # SASRec's attention has theta = 1
     causal = True
+    intent_embedding: Tensor
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
-        self.item_embedding = nn.Parameter(torch.randn(self.num_items, config.dim).mul_(config.init_std))
+        self.item_embedding = embedding_table(self.num_items, config)
         if config.compose_items:
-            self.item_intent_embedding = nn.Parameter(torch.randn(self.num_intents, config.dim).mul_(config.init_std))
+            self.item_intent_embedding = embedding_table(self.num_intents, config)
         self.item_encoder = self.make_encoder()
 
     def make_encoder(self) -> Encoder:
@@ -42,6 +43,11 @@ class SASRec(Model):
     def read(self, tokens: Tokens) -> Tensor:
         """The item encoder's input, (T, d)."""
         return self.embed(tokens.items)
+
+    def read_intents(self, tokens: Tokens) -> Tensor:
+        """The intents' embeddings, (T, d), of a model that has `intent_embedding`; zero where the item is hidden."""
+        intents = nn.functional.embedding(self.item_intent[tokens.items], self.intent_embedding)
+        return hide(intents, tokens, intents.new_zeros(intents.shape[1]))
 
     def encode(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """R (T, d) for items and R^c (T, d) for intents, or None."""

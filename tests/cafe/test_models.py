@@ -376,3 +376,27 @@ def test_weight_decay_shrinks_what_no_gradient_touches(dataset, decay):
     torch.testing.assert_close(net.item_embedding[untouched], before["item_embedding"][untouched] * factor)
     position = net.item_encoder.position[:5]
     torch.testing.assert_close(position, before["item_encoder.position"][:5] * factor)
+
+
+@pytest.mark.parametrize("block", ["pre_norm", "query_norm"])
+def test_nova_reads_intents_in_queries_and_keys_alone(dataset, block):
+    """Another intent of the older item moves the attention in either block; where there is one item, nothing can move."""
+    torch.manual_seed(0)
+    net = build(Config.make("nova", **SMALL, block=block, init_std=1.0), dataset).eval()
+    items, cu = torch.tensor([1, 2, 3]), torch.tensor([0, 3], dtype=torch.int32)
+    before = net.states(items, cu)[0]
+    net.item_intent = net.item_intent.clone()
+    net.item_intent[1] = (net.item_intent[1] + 1) % net.num_intents
+    assert not torch.allclose(net.states(items, cu)[0], before)
+    one = net.history(torch.tensor([1]), torch.tensor([0, 1], dtype=torch.int32))
+    alone = replace(
+        one,
+        items=one.items[:1],
+        cu_seqlens=one.cu_seqlens.clamp(max=1),
+        max_seqlen=1,
+        sequence=one.sequence[:1],
+        targets=None,
+    )
+    with_intent = net.encode(alone)[0]
+    net.item_intent[1] = (net.item_intent[1] + 1) % net.num_intents
+    torch.testing.assert_close(net.encode(alone)[0], with_intent)
