@@ -82,6 +82,7 @@ class Batches:
             )
             other = random.integers(self.num_items, size=len(inputs))
             inputs = np.where(random.random(len(inputs)) < config.sse_item, other, inputs)
+        of = rows[asked]  # each positive's user
         draw: dict[str, Any] = {"seed": config.seed, "offset": step * DRAWS_A_STEP}
         ignore = None
         if config.loss == "full":
@@ -90,14 +91,13 @@ class Batches:
             negatives = self.items.sample((config.negatives,), **draw)
             ignore = torch.from_numpy(self._had(rows, negatives))
         else:
-            of = rows[asked]
             negatives = self.items.sample_excluding(self.seen.indptr, self.seen.items, of, config.negatives, **draw)
         intent_negatives = None
         if self.intents is not None and self.seen_intents is not None:
             drawn = self.intents.sample_excluding(
                 self.seen_intents.indptr,
                 self.seen_intents.items,
-                rows[asked],
+                of,
                 1,
                 **{**draw, "seed": config.seed + 1},
             )

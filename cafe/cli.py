@@ -546,10 +546,7 @@ def _evaluate(run: Path, data: Path | None, split: str, protocol: str, seed: int
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     if max_users is None:  # a sample does not replace the evaluation of everybody
-        try:
-            result.save(run / f"{split}-{protocol}.npz")
-        except OSError as error:
-            warnings.warn(f"the evaluation is not saved in {run}: {error}", stacklevel=2)
+        result.keep(run)
     return result
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -79,6 +80,16 @@ class Evaluation:
         return "joint" if "joint" in self.greater else "item"
 
     @property
+    def scores(self) -> list[str]:
+        """What is reported, the headline first: `joint` where there is one, and `item`."""
+        return list(dict.fromkeys([self.headline, "item"]))
+
+    @property
+    def against(self) -> str:
+        """Whom the answers were ranked against, in words."""
+        return "the whole catalog" if self.num_negatives is None else f"{self.num_negatives} negatives"
+
+    @property
     def label(self) -> str:
         return f"{self.model} {self.preset}" if self.preset else self.model
 
@@ -147,6 +158,18 @@ class Evaluation:
         file = io.BytesIO()
         np.savez_compressed(file, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
         write_atomically({Path(path): [file.getbuffer()]})
+
+    @staticmethod
+    def file_name(split: str, protocol: str) -> str:
+        """Of the evaluation of everybody in a run folder."""
+        return f"{split}-{protocol}.npz"
+
+    def keep(self, run: Path) -> None:
+        """`save` to the run folder `run`; warns where that cannot be written, as the result is there all the same."""
+        try:
+            self.save(run / self.file_name(self.split, self.protocol))
+        except OSError as error:
+            warnings.warn(f"the evaluation is not saved in {run}: {error}", stacklevel=3)
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:

@@ -20,7 +20,6 @@ experiment.json keeps the systems' names and the baseline for `cafe report`.
 import json
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,7 +139,7 @@ def run_experiment(
 
 
 def _runs(experiment: Experiment) -> Iterator[tuple[int, str, Config]]:
-    """Every seed of the first systems before the next seed, so that a cut leaves whole tables."""
+    """All systems with a seed before the next seed, so that a cut leaves whole tables."""
     for seed in range(experiment.seeds):
         for name, config in experiment.systems.items():
             yield seed, name, Config(**vars(config) | {"seed": seed})
@@ -148,16 +147,13 @@ def _runs(experiment: Experiment) -> Iterator[tuple[int, str, Config]]:
 
 def ranked(run: Path, name: str, dataset: Dataset, protocol: str, split: str = "test") -> Evaluation:
     """A run's evaluation of everybody by the default candidates: read from the run folder, or computed and kept there."""
-    file = run / f"{split}-{protocol}.npz"
+    file = run / Evaluation.file_name(split, protocol)
     if file.exists() and file.stat().st_mtime_ns >= (run / "best.safetensors").stat().st_mtime_ns:
         found = Evaluation.load(file)
         if (found.dataset, found.seed, found.popularity) in ((dataset.fingerprint, 0, kind) for kind in ("all", None)):
             return replace(found, model=name)
     result = evaluate(load_run(run, dataset)[0], dataset, split, protocol, batch_size=1024, name=name)
-    try:
-        result.save(file)
-    except OSError as error:
-        warnings.warn(f"the evaluation is not saved in {run}: {error}", stacklevel=2)
+    result.keep(run)
     return result
 
 

@@ -30,12 +30,13 @@ from cafe.evaluation import Evaluation, compare
 from cafe.experiment import NAMES, ranked, slug
 from cafe.metrics import bootstrap_means, interval
 from cafe.tables import SHOWN
-from cafe.train import load_run, read_run
+from cafe.train import dataset_of, load_run, read_run
 from cafe_kernels import DistanceMaskedAttention
 
 PAGE = "index.html"
 BY = {"train_frequency": "times the answer is in training", "history_length": "items in the history"}
 PACKAGES = ("cafe-kernels", "torch", "numpy", "triton", "polars", "matplotlib", "scikit-learn")
+TEMPLATE = Path(__file__).with_name("report.html")
 ATTENTION_USERS = 2000  # a sample of histories is enough for a mean map
 
 
@@ -139,15 +140,8 @@ def collect(folders: Sequence[Path], data: Sequence[Path], baseline: str | None)
             meta = read_run(run)
             config, fingerprint = Config(**meta["config"]), meta["fingerprint"]
             if fingerprint not in datasets:
-                if meta["data"] is None:
-                    raise ValueError(f"{run} does not say where its dataset is: give --data")
-                path = Path(meta["data"])
-                dataset = Dataset.load(path)
-                if dataset.fingerprint != fingerprint:
-                    raise ValueError(
-                        f"{run} was trained on another dataset than {path}: give the right one with --data"
-                    )
-                datasets[fingerprint] = path, dataset
+                dataset = dataset_of(run, meta)
+                datasets[fingerprint] = Path(meta["data"]), dataset
             path, dataset = datasets[fingerprint]
             name = run.name.removesuffix(f"-{config.seed}") or run.name
             name = names.get(name, name)
@@ -257,7 +251,7 @@ class Page:
 
     def html(self) -> str:
         notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
-        return TEMPLATE.substitute(
+        return Template(TEMPLATE.read_text()).substitute(
             made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             notes=f'<ul class="note">{notes}</ul>' if notes else "",
             contents="".join(self.contents),
@@ -275,9 +269,8 @@ def _ranking(page: Page, group: Group) -> None:
     bars = []
     for protocol, systems in group.ranked.items():
         first = next(iter(systems.values()))[0]
-        against = "the whole catalog" if first.num_negatives is None else f"{first.num_negatives} negatives"
         artefact = protocol == "authors"
-        rows = [(name, score) for name, seeds in systems.items() for score in _scores(seeds)]
+        rows = [(name, score) for name, seeds in systems.items() for score in seeds[0].scores]
         bands = _bands(
             {(*row, metric): systems[row[0]] for row in rows for metric in SHOWN},
             lambda key, one: one.values(key[2], key[1]),
@@ -294,7 +287,7 @@ def _ranking(page: Page, group: Group) -> None:
                 cells.append((f"{value:.4f}", f"[{low:.4f}, {high:.4f}]{spread}"))
             gain = compare(seeds, base, SHOWN[0], score)
             apart = name == group.baseline and score == base[0].headline
-            of = (f"{score} score" if len(_scores(seeds)) > 1 else "") + (
+            of = (f"{score} score" if len(seeds[0].scores) > 1 else "") + (
                 f"\n{len(seeds)} seed{'s' * (len(seeds) > 1)}" if several else ""
             )
             lines.append([(name, of.strip()), *cells, "" if apart else _gain(gain)])
@@ -303,13 +296,13 @@ def _ranking(page: Page, group: Group) -> None:
             lines,
             (
                 f"{protocol}{': an artefact, no measure of quality' if artefact else ''}",
-                f"{len(first.users):,} users, {first.split}, ranked against {against}. [95% interval over users]"
+                f"{len(first.users):,} users, {first.split}, ranked against {first.against}. [95% interval over users]"
                 f"{', sd: standard deviation over seeds' if several else ''}",
             ),
             "artefact" if artefact else "",
         )
         named = {
-            f"{name}, {score}" if len(_scores(systems[name])) > 1 else name: bands[name, score, SHOWN[0]]
+            f"{name}, {score}" if len(systems[name][0].scores) > 1 else name: bands[name, score, SHOWN[0]]
             for name, score in rows
         }
         title = f"{group.name}, {protocol}{' (artefact)' if artefact else ''}"
@@ -348,10 +341,6 @@ def _breakdown(page: Page, group: Group, by: str, words: str) -> None:
     if pictures:
         caption = f"NDCG@10 by {words}, with 95% intervals over the users of a bucket."
         page.figures(by.replace("_", "-"), pictures, caption)
-
-
-def _scores(seeds: Sequence[Evaluation]) -> list[str]:
-    return ["joint", "item"] if "joint" in seeds[0].greater else ["item"]
 
 
 def _bands(wanted: Mapping[Any, Sequence[Evaluation]], values: Callable[..., np.ndarray]) -> dict[Any, plots.Band]:
@@ -580,56 +569,3 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else []
     return names[0] if names else platform.processor() or "unknown"
-
-
-TEMPLATE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<link rel="icon" href="data:,">
-<title>cafe report</title>
-<style>
-:root { color-scheme: light; }
-body { margin: 0 auto; max-width: 72rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff;
-  overflow-wrap: anywhere; }
-h1 { font-size: 1.7rem; margin: 0; }
-h2 { font-size: 1.3rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 2px solid #d5dae0; }
-a { color: #0b57a4; }
-nav ul { columns: 18rem; padding-left: 1.2rem; }
-.scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; overflow-wrap: normal; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .3rem 0; position: sticky; left: 0; max-width: min(70rem, 92vw);
-  overflow-wrap: anywhere; }
-caption small, tr > :first-child small { white-space: pre-line; }
-caption small { font-size: .9rem; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #d5dae0; white-space: nowrap; vertical-align: top; }
-th.l, td.l { text-align: left; }
-thead th { background: #f3f5f7; white-space: normal; max-width: 12rem; vertical-align: bottom; }
-tr > :first-child { position: sticky; left: 0; background: #fff; min-width: min(9rem, 24vw); max-width: 14rem; white-space: normal;
-  overflow-wrap: break-word; }
-thead tr > :first-child { background: #f3f5f7; }
-small { display: block; white-space: pre; font-size: .8rem; font-weight: normal; color: #4a525c; }
-.artefact table, .artefact tr > :first-child { background: #fff6dd; }
-.artefact th { background: #fbe9b7 !important; }
-figure { margin: 1.5rem 0; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; align-items: start; }
-.pictures img { width: 100%; max-width: 34rem; height: auto; }
-figcaption { color: #353c45; font-size: .95rem; margin-top: .3rem; }
-.note { background: #eef4fb; border-left: 4px solid #0b57a4; padding: .5rem .8rem; }
-ul.note { padding-left: 2rem; }
-pre { overflow-x: auto; background: #f3f5f7; padding: .7rem; font-size: .85rem; white-space: pre; }
-</style>
-</head>
-<body>
-<h1>cafe report</h1>
-<p>Made $made. Every number is computed from the run folders; nothing here is loaded from outside.</p>
-$notes
-<nav><ul>$contents</ul></nav>
-<main>
-$body
-</main>
-</body>
-</html>
-""")

@@ -97,17 +97,16 @@ def experiment_markdown(results: Results, baseline: str, metrics: Sequence[str] 
     lines = []
     for protocol, systems in results.items():
         first = next(iter(systems.values()))[0]
-        against = "the whole catalog" if first.num_negatives is None else f"{first.num_negatives} negatives"
         lines += [
             f"### {protocol}{' (an artefact: see docs/protocol.md)' if protocol == 'authors' else ''}",
             "",
-            f"{len(first.users):,} users, {first.split}, against {against}.",
+            f"{len(first.users):,} users, {first.split}, against {first.against}.",
             "",
             f"| system | {' | '.join(metrics)} | {metrics[0]} over {baseline} |",
             "|---" * (len(metrics) + 2) + "|",
         ]
         for name, seeds in systems.items():
-            for score in ["joint", "item"] if "joint" in seeds[0].greater else ["item"]:
+            for score in seeds[0].scores:
                 cells = [_over_seeds([seed.mean(metric, score) for seed in seeds]) for metric in metrics]
                 gain = "" if name == baseline else _gain(compare(seeds, systems[baseline], metrics[0], score))
                 shown = name if score == seeds[0].headline else f"{name}, item score"

@@ -312,13 +312,8 @@ def load_run(run: str | Path, data: str | Path | Dataset | None = None) -> tuple
     """
     run = Path(run)
     meta = read_run(run)
+    dataset = dataset_of(run, meta, data)
     config = Config(**meta["config"])
-    path = data or meta["data"]
-    if path is None:
-        raise ValueError(f"{run} does not say where its dataset is: give --data")
-    dataset = path if isinstance(path, Dataset) else Dataset.load(path)
-    if dataset.fingerprint != meta["fingerprint"]:
-        raise ValueError(f"{run} was trained on another dataset than {path}: give the right one with --data")
     model = build(config, dataset)
     best = _load(run / "best.safetensors", _run_hash(meta["config"], meta["fingerprint"]), model.load_state_dict)
     last = run / "last.safetensors"
@@ -328,6 +323,17 @@ def load_run(run: str | Path, data: str | Path | Dataset | None = None) -> tuple
             stacklevel=2,
         )
     return model.eval(), dataset
+
+
+def dataset_of(run: Path, meta: dict[str, Any], data: str | Path | Dataset | None = None) -> Dataset:
+    """The dataset that a run with this config.json (`meta`) was trained on, which is, or lies in, `data` if not where it was."""
+    path = data or meta["data"]
+    if path is None:
+        raise ValueError(f"{run} does not say where its dataset is: give --data")
+    dataset = path if isinstance(path, Dataset) else Dataset.load(path)
+    if dataset.fingerprint != meta["fingerprint"]:
+        raise ValueError(f"{run} was trained on another dataset than {path}: give the right one with --data")
+    return dataset
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -386,6 +392,7 @@ def _validate(
     config = model.config
     protocol = protocol or config.valid_protocol
     weights = INTENT_WEIGHTS if _calibrates(config) else ()
+    # Of many users at once: the index reads the catalog once for them; of few: candidates take memory.
     result = evaluate(
         model,
         dataset,
@@ -393,9 +400,7 @@ def _validate(
         protocol,
         max_users=users or config.valid_users,
         intent_weights=weights,
-        batch_size=1024
-        if protocol == "full"
-        else 256,  # the index reads the catalog once a batch; candidates take memory
+        batch_size=1024 if protocol == "full" else 256,
     )
     if not weights:
         return {metric: result.mean(metric) for metric in ("ndcg@10", "hr@10")}

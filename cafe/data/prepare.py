@@ -111,10 +111,10 @@ def prepare(
     own_items = items is None and kind.names_intents
 
     progress("reading interactions")
+    columns = {"user": user_col or kind.user, "item": item_col, "time": time_col or kind.time}
     events, users, items_seen, dropped = _events(
-        interactions, {"user": user_col or kind.user, "item": item_col, "time": time_col or kind.time},
-        kind, options, keep, drop_incomplete,
-    )  # fmt: skip
+        read_table(interactions, columns, kind, options, keep), columns, kind, drop_incomplete
+    )
     read = {"interactions": len(events), "users": len(users), "items": len(items_seen)}
 
     progress("sorting and filtering")
@@ -137,11 +137,11 @@ def prepare(
         notes.append(f"no items file: every item gets the intent {UNKNOWN!r}")
         intents, typed = pl.repeat(UNKNOWN, len(catalog), eager=True), True
     else:
+        columns = {"item": items_item_col or item_col, "intent": intent_col or kind.intent}
+        source, wanted = (interactions, keep) if items is None else (items, {})
         labels, typed, dropped["incomplete_item_rows"] = _labels(
-            interactions if items is None else items,
-            {"item": items_item_col or item_col, "intent": intent_col or kind.intent},
-            kind, options, keep if own_items else {}, drop_incomplete,
-        )  # fmt: skip
+            read_table(source, columns, kind, options, wanted), columns, kind, drop_incomplete
+        )
         unseen = _unseen(labels, items_seen)
         dropped["unseen_items"] = 0 if keep_unseen_items else len(unseen)
         if keep_unseen_items:
@@ -189,15 +189,9 @@ def prepare(
 
 
 def _events(
-    path: str | Path,
-    columns: dict[str, str],
-    format: Format,
-    options: Options,
-    keep: Mapping[str, Collection[str]],
-    drop_incomplete: bool,
+    table: Table, columns: dict[str, str], format: Format, drop_incomplete: bool
 ) -> tuple[pl.DataFrame, pl.Series, pl.Series, dict[str, int]]:
     """Rows in file order (user, item: int32 numbers; time: int64 or float64), user ids, item ids, rows dropped."""
-    table = read_table(path, columns, format, options, keep)
     times = _times(table, columns["time"])
     complete = _complete(table, columns, format, drop_incomplete)
     dropped = {"incomplete_rows": int((table.kept & ~complete).sum()), "unkept_rows": int((~table.kept).sum())}
@@ -214,18 +208,12 @@ def _events(
 
 
 def _labels(
-    path: str | Path,
-    columns: dict[str, str],
-    format: Format,
-    options: Options,
-    keep: Mapping[str, Collection[str]],
-    drop_incomplete: bool,
+    table: Table, columns: dict[str, str], format: Format, drop_incomplete: bool
 ) -> tuple[pl.DataFrame, bool, int]:
     """Rows (item: text, intent: text or number, null where missing), whether the files knew types, rows dropped.
 
     Of a log whose rows name the intent: each pair once, an item's most frequent intent first, then the smallest.
     """
-    table = read_table(path, columns, format, options, keep)
     complete = _complete(table, {"item": columns["item"]}, format, drop_incomplete)
     labels = pl.DataFrame({"item": _ids(table, "item", columns), "intent": _ids(table, "intent", columns)})
     labels = labels.filter(complete & table.kept)

@@ -211,9 +211,8 @@ class RowSparseAdam(torch.optim.Optimizer):
         Raises:
             ValueError: a state of another optimizer or mode, or of tables of other shapes.
         """
-        for saved, group in zip(
-            state_dict["param_groups"], self.param_groups, strict=False
-        ):  # torch compares their number
+        # torch compares their number.
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
             if not {"mode", "seed"} <= saved.keys():
                 raise ValueError(
                     f"the state is of another optimizer than RowSparseAdam: its groups have {', '.join(saved)}"

@@ -65,6 +65,13 @@ def check(actual, expected, tolerance, floor=0.0):
             assert (error <= 10 * tolerance * (scale + rms)).all(), name
 
 
+def which_kept(lengths, keys, **options):
+    """bool (total, 2, keys): with q = 0 no weight is 0 before dropout, and v of a column for each key tells which were kept."""
+    q, _, _, _, _, cu = packed(lengths, 2, keys)
+    v = torch.cat([torch.eye(n, keys) for n in lengths])[:, None].repeat(1, 2, 1)
+    return distance_attention(q * 0, q, v, None, cu, **options) != 0
+
+
 @cache
 def case(heads, dim, dtype, option):
     lengths = np.random.default_rng([heads, dim]).choice(LENGTHS, 5).tolist()
@@ -106,14 +113,9 @@ def test_two_sided_windows_and_blocks(lengths, window, isa):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_dropout_keeps_what_the_reference_keeps(causal, isa):
-    """With q = 0 no weight is 0 before dropout, and v of a column for each key tells which were kept."""
     lengths = [9, 0, 40, 100]
-    q, _, _, _, _, cu = packed(lengths, 2, 100)
-    v = torch.cat([torch.eye(n, 100) for n in lengths])[:, None].repeat(1, 2, 1)
     options = {"causal": causal, "dropout_p": 0.4, "seed": 2**50, "offset": 2**40}
-    found, expected = (
-        distance_attention(q * 0, q, v, None, cu, backend=b, **options) != 0 for b in ("cpu", "reference")
-    )
+    found, expected = (which_kept(lengths, 100, backend=b, **options) for b in ("cpu", "reference"))
     assert torch.equal(found, expected)
     future = torch.arange(100) > torch.cat([torch.arange(n) for n in lengths])[:, None]
     inside = torch.arange(100) < torch.cat([torch.full((n,), n) for n in lengths])[:, None]
@@ -126,10 +128,8 @@ def test_dropout_keeps_what_the_reference_keeps(causal, isa):
 
 def test_dropout_draws_the_same_for_what_both_see(isa):
     """What a causal query keeps, it keeps when it sees the future too: one stream, by head, query and key."""
-    q, _, _, _, _, cu = packed([70, 30], 2, 70)
-    v = torch.cat([torch.eye(n, 70) for n in (70, 30)])[:, None].repeat(1, 2, 1)
     options = {"dropout_p": 0.5, "seed": 3, "offset": 4}
-    causal, both = (distance_attention(q * 0, q, v, None, cu, causal=c, **options) != 0 for c in (True, False))
+    causal, both = (which_kept([70, 30], 70, causal=c, **options) for c in (True, False))
     past = torch.arange(70) <= torch.cat([torch.arange(n) for n in (70, 30)])[:, None]
     assert torch.equal(causal, both & past[:, None])
 
