@@ -466,7 +466,7 @@ def recommend(
     if users is not None and out is not None:
         return _recommend_file(recommender, users, out, k, as_json)
     items = recommender.history_of(user) if user is not None else [part.strip() for part in (history or "").split(",")]
-    answer = recommender.recommend([items], k)[0]
+    answer = recommender.recommend([items], k, users=[user])[0]
     if as_json:
         return emit({"user": user, "history": items, "k": k, **vars(answer)})
     from rich.table import Table
@@ -506,7 +506,7 @@ def _recommend_file(recommender: Any, users: Path, out: Path, k: int, as_json: b
             f"{users}: {len(unknown)} users skipped that are not in the dataset, the first is {unknown[0]!r}",
             stacklevel=2,
         )
-    answers = recommender.recommend(histories, k)
+    answers = recommender.recommend(histories, k, users=ids)
     dataset = recommender.dataset
     schema = {
         "user": frame["user"].dtype, "rank": pl.Int64, "item": dataset.item_ids.dtype,

@@ -86,14 +86,20 @@ class Recommender:
             )
         return [self.dataset.item_ids[int(item)] for item in self.dataset.sequences[number]]
 
-    def recommend(self, histories: Seq[Seq[Any]], k: int = 10, batch_size: int = 256) -> list[Recommendation]:
+    def recommend(
+        self, histories: Seq[Seq[Any]], k: int = 10, batch_size: int = 256, users: Seq[Any] | None = None
+    ) -> list[Recommendation]:
         """The k best unseen items for each history (item ids, oldest first), those of equal score in the catalog's order.
 
         Unknown ids are skipped with a warning; a history with none left gets popular items. Fewer than k items come back
         where the catalog has no more unseen ones.
 
+        Args:
+            users: each history's user id, read by SSE-PT alone; one that the dataset does not know, or None, is the mean user.
+
         Raises:
-            ValueError: k is not positive; a text, or one history where a list of them was expected; scores that are not finite.
+            ValueError: k is not positive; a text, or one history where a list of them was expected; not one user a history;
+                scores that are not finite.
         """
         if k < 1:
             raise ValueError(f"k={k}: expected at least 1")
@@ -102,6 +108,12 @@ class Recommender:
                 f"histories={reprlib.repr(histories)}: expected a list of histories, each a list of item ids, as in "
                 f"[['i20', 'i21']]"
             )
+        if users is not None and (isinstance(users, str) or len(users) != len(histories)):
+            raise ValueError(
+                f"users={reprlib.repr(users)}: expected one user id for each of {len(histories)} histories"
+            )
+        names = [None] * len(histories) if users is None else users
+        who = torch.tensor([self._user_number.get(_as_type(name, self.dataset.user_ids), -1) for name in names]).long()
         known = [
             [self._item_number.get(_as_type(item, self.dataset.item_ids)) for item in history] for history in histories
         ]
@@ -119,7 +131,8 @@ class Recommender:
             batch_size = max(1, min(batch_size, BYTES // (8 * self.dataset.num_items)))
         answers: list[Recommendation] = []
         for start in range(0, len(rows), batch_size):
-            answers += self._batch(rows[start : start + batch_size], min(k, self.dataset.num_items))
+            batch = slice(start, start + batch_size)
+            answers += self._batch(rows[batch], who[batch], min(k, self.dataset.num_items))
         return answers
 
     @property
@@ -127,7 +140,7 @@ class Recommender:
         return self._served >= INDEX_AFTER and isinstance(self.model, SASRec) and not self.model.item_intent.is_cuda
 
     @torch.inference_mode()
-    def _batch(self, histories: list[np.ndarray], k: int) -> list[Recommendation]:
+    def _batch(self, histories: list[np.ndarray], users: Tensor, k: int) -> list[Recommendation]:
         best, items = (x.repeat(len(histories), 1) for x in _best(self._counts[None], k))
         intents: dict[int, Tensor] = {}
         read = [row for row, history in enumerate(histories) if len(history)]
@@ -136,7 +149,7 @@ class Recommender:
             cu_seqlens = torch.tensor([0, *np.cumsum([len(h) for h in newest])], dtype=torch.int32)
             seen = [torch.from_numpy(histories[row]) for row in read]
             best_of = self._search if self._indexed else self._score
-            best[read], items[read], intent = best_of(torch.cat(newest), cu_seqlens, seen, k)
+            best[read], items[read], intent = best_of(torch.cat(newest), cu_seqlens, users[read], seen, k)
             if intent is not None:
                 intents = dict(zip(read, intent.softmax(-1), strict=True))
         answers = []
@@ -161,7 +174,7 @@ class Recommender:
         return answers
 
     def _search(
-        self, history: Tensor, cu_seqlens: Tensor, seen: list[Tensor], k: int
+        self, history: Tensor, cu_seqlens: Tensor, users: Tensor, seen: list[Tensor], k: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Scores and items of the k best by the index, and the intents' logits."""
         assert isinstance(self.model, SASRec)
@@ -169,7 +182,7 @@ class Recommender:
         if now != self._indexed_model:  # it was trained on, or replaced
             vars(self).pop("_index", None)
             self._indexed_model = now
-        state, intent_state = self.model.states(history, cu_seqlens)
+        state, intent_state = self.model.states(history, cu_seqlens, users)
         intent = None if intent_state is None else self.model.intent_logits(intent_state)
         scores, join = self.model.joint_terms(intent)
         exclude = torch.tensor([0, *np.cumsum([len(items) for items in seen])]), torch.cat(seen)
@@ -177,10 +190,10 @@ class Recommender:
         return found.scores, found.items, intent
 
     def _score(
-        self, history: Tensor, cu_seqlens: Tensor, seen: list[Tensor], k: int
+        self, history: Tensor, cu_seqlens: Tensor, users: Tensor, seen: list[Tensor], k: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The same by scoring the whole catalog."""
-        scores, intent = self.model.score(history, cu_seqlens)
+        scores, intent = self.model.score(history, cu_seqlens, users=users)
         if intent is not None:
             scores = self.model.join(scores, intent[:, self.model.item_intent])
         for row, items in enumerate(seen):

@@ -11,6 +11,7 @@ from cafe.data.dataset import Dataset, Sequences
 from cafe.evaluate import evaluate
 from cafe.models import MODELS, build
 from cafe.models.bert4rec import BERT4Rec
+from cafe.recommend import Recommender
 from cafe.train import make_optimizers, train_step
 
 SMALL = {"dim": 16, "max_len": 8, "batch_size": 32, "dropout": 0.0, "lr": 0.01, "loss": "full", "mask_prob": 0.2}
@@ -49,7 +50,16 @@ def test_ssept_learns_what_a_user_likes():
     dataset = make_shop([[0, f] * 4 for f in favourite], [0] * 21)
     options = {"max_len": 1, "steps": 150, "sse_user": 0.3, "user_dim": 16}
     assert hits(trained("sasrec", dataset, **options), dataset) < 0.15  # 1 / 20 by chance
-    assert hits(trained("ssept", dataset, **options), dataset) > 0.9
+    net = trained("ssept", dataset, **options)
+    assert hits(net, dataset) > 0.9
+    recommender, users = Recommender(net, dataset), list(range(60))
+    for _ in range(2):  # by scoring the catalog, then by the index
+        named = recommender.recommend([[0]] * 60, k=1, users=users)
+        assert np.mean([answer.items == [favourite[user]] for user, answer in zip(users, named, strict=True)]) > 0.9
+        unknown = recommender.recommend([[0]] * 3, k=1, users=[None, "nobody", 60])
+        assert unknown == recommender.recommend([[0]] * 3, k=1)
+    with pytest.raises(ValueError, match="expected one user id for each of 2 histories"):
+        recommender.recommend([[0], [0]], users=[1])
 
 
 def fill(net, dataset) -> float:
