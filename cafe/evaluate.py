@@ -29,6 +29,7 @@ from torch import Tensor
 from cafe.candidates import Candidates, draw_candidates
 from cafe.data.dataset import Dataset, Holdout
 from cafe.evaluation import Evaluation
+from cafe.models.base import Weights
 from cafe.models.sasrec import SASRec
 from cafe_kernels import TopKIndex
 
@@ -54,7 +55,11 @@ class Model(Protocol):
         """Raw item and intent logits for what follows each packed history; no candidates: all items, all intents."""
 
     def join(
-        self, item_logits: Tensor, intent_logits: Tensor | None, weight: float | None = None, protocol: str = "full"
+        self,
+        item_logits: Tensor,
+        intent_logits: Tensor | None,
+        weights: Weights | None = None,
+        protocol: str = "full",
     ) -> Tensor:
         """The joint score; the item logits where there are no intents."""
 
@@ -69,7 +74,7 @@ def evaluate(
     batch_size: int = 256,
     max_users: int | None = None,
     popularity: str = "all",
-    intent_weights: Sequence[float] = (),
+    tried: Sequence[Weights] = (),
     progress: Callable[[int, int], None] | None = None,
     memory_bytes: int = 1 << 30,
     name: str | None = None,
@@ -88,8 +93,7 @@ def evaluate(
         batch_size: users scored at once; `full` takes fewer where `memory_bytes` would not hold their scores.
         max_users: evaluate a random sample of this many users.
         popularity: what the negatives are drawn by, `all` interactions or those of `train`, see cafe.candidates.
-        intent_weights: also rank by the joint score with these weights of the intent, as scores named "joint*WEIGHT";
-            calibration compares them.
+        tried: also rank by the joint score with these weights, as scores of `joint_name`; calibration compares them.
         progress: called with (users done, users in all) after each batch.
         name, preset: how to call the model in reports; by default its class and its `config.preset`, if any.
 
@@ -105,7 +109,7 @@ def evaluate(
         ...     config = SimpleNamespace(max_len=50)
         ...     def score(self, items, cu_seqlens, candidates=None, candidate_intents=None):
         ...         return torch.arange(4.0).expand(len(cu_seqlens) - 1, 4), None
-        ...     def join(self, item_logits, intent_logits, weight=None, protocol="full"):
+        ...     def join(self, item_logits, intent_logits, weights=None, protocol="full"):
         ...         return item_logits
         >>> dataset = Dataset(Sequences(np.array([0, 3, 6]), np.array([0, 1, 3, 3, 0, 1], np.int32)),
         ...                   np.array([0, 0, 1, 1], np.int32), pl.Series(["ann", "bo"]), pl.Series(list("abcd")),
@@ -134,7 +138,7 @@ def evaluate(
             for start in range(0, len(rows), batch_size):
                 batch = slice(start, min(start + batch_size, len(rows)))
                 for score, pair in _count_batch(
-                    model, dataset, holdout, candidates, batch, protocol, intent_weights, index
+                    model, dataset, holdout, candidates, batch, protocol, tried, index
                 ).items():
                     counts.setdefault(score, []).append(pair.cpu())
                 if progress is not None:
@@ -170,7 +174,7 @@ def _count_batch(
     candidates: Candidates,
     batch: slice,
     protocol: str,
-    intent_weights: Sequence[float],
+    tried: Sequence[Weights],
     index: TopKIndex | None,
 ) -> dict[str, Tensor]:
     """For each score (2, users): how many candidates are above the answer, and how many like it."""
@@ -181,7 +185,7 @@ def _count_batch(
     cu_seqlens = torch.from_numpy(history.indptr.astype(np.int32)).to(device)
     users = torch.from_numpy(holdout.users[rows]).to(device)
     if index is not None and isinstance(model, SASRec):
-        return _count_by_index(model, index, dataset, holdout, rows, items, cu_seqlens, users, intent_weights)
+        return _count_by_index(model, index, dataset, holdout, rows, items, cu_seqlens, users, tried)
     who: dict[str, Tensor] = {"users": users} if getattr(model, "personal", False) else {}
     if candidates.items is None or candidates.intents is None:
         item, intent = model.score(items, cu_seqlens, **who)
@@ -205,7 +209,7 @@ def _count_batch(
     if intent is not None:
         intent = intent.float()
         scores["joint"] = item + intent if protocol == "authors" else model.join(item, intent, protocol=protocol)
-        scores |= {f"joint*{weight}": model.join(item, intent, weight) for weight in intent_weights}
+        scores |= {joint_name(weights): model.join(item, intent, weights, protocol) for weights in tried}
     where = [torch.from_numpy(index).to(device) for index in (columns, skip_rows, skip_columns)]
     return {score: count_above(values, *where) for score, values in scores.items()}
 
@@ -219,7 +223,7 @@ def _count_by_index(
     items: Tensor,
     cu_seqlens: Tensor,
     users: Tensor,
-    intent_weights: Sequence[float],
+    tried: Sequence[Weights],
 ) -> dict[str, Tensor]:
     """As `_count_batch`, among the whole catalog."""
     state, intent_state = model.states(items, cu_seqlens, users)
@@ -228,14 +232,20 @@ def _count_by_index(
     exclude = indptr, torch.from_numpy(skip_columns)
     answers = torch.from_numpy(holdout.answers[rows].astype(np.int64))
     terms: dict[str, tuple[Tensor | None, str]] = {"item": (None, "identity")}
+    queries = {"item": model.index_query(state, (0.0, 0.0))}
     if intent_state is not None:
         logits = model.intent_logits(intent_state)
-        terms["joint"] = model.joint_terms(logits)
-        terms |= {f"joint*{weight}": model.joint_terms(logits, weight) for weight in intent_weights}
+        for name, weights in [("joint", None), *((joint_name(pair), pair) for pair in tried)]:
+            queries[name], terms[name] = model.index_query(state, weights), model.joint_terms(logits, weights)
     return {
-        name: index.count_above(state, answers, intents, join=join, exclude=exclude)
+        name: index.count_above(queries[name], answers, intents, join=join, exclude=exclude)
         for name, (intents, join) in terms.items()
     }
+
+
+def joint_name(weights: Weights) -> str:
+    """How the joint score with these weights is called in an Evaluation."""
+    return "joint*{}*{}".format(*weights)
 
 
 def count_above(scores: Tensor, answer: Tensor, skip_rows: Tensor, skip_columns: Tensor) -> Tensor:

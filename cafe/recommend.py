@@ -186,7 +186,7 @@ class Recommender:
         intent = None if intent_state is None else self.model.intent_logits(intent_state)
         scores, join = self.model.joint_terms(intent)
         exclude = torch.tensor([0, *np.cumsum([len(items) for items in seen])]), torch.cat(seen)
-        found = self._index.search(state, k, scores, join=join, exclude=exclude)
+        found = self._index.search(self.model.index_query(state), k, scores, join=join, exclude=exclude)
         return found.scores, found.items, intent
 
     def _score(

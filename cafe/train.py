@@ -37,15 +37,19 @@ from cafe.checkpoint import load_checkpoint, read_state, save_checkpoint
 from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.data.folders import lock, read_sealed, seal, write_atomically
-from cafe.evaluate import evaluate
+from cafe.evaluate import evaluate, joint_name
+from cafe.evaluation import Evaluation
 from cafe.models import Model, build
-from cafe.models.base import RANKINGS, Batch
+from cafe.models.base import RANKINGS, Batch, Weights
 from cafe.plots import plot_curve, plot_theta
 from cafe_kernels import DistanceMaskedAttention, RowSparseAdam
 from cafe_kernels.host_table import give_back, lend
 
-FORMAT, VERSION = "cafe-run", 3
-INTENT_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
+FORMAT, VERSION = "cafe-run", 4
+JOINT_WEIGHTS = (  # that calibration tries: of the intent, and of the item's prior
+    (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0),
+    (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7),
+)
 SCORES_TO_CALIBRATE = 10**8  # scores (users times items) that fitting the weight for the whole catalog may compute
 SAVING_SHARE = 10  # saving takes at most one in so many seconds: a table of millions takes a slow disk a minute
 STREAMS = 2**31  # seeds of steps: seed * STREAMS + step
@@ -388,25 +392,35 @@ def _make(batches: Batches, rows: list[np.ndarray], base: int, pin: bool, on_hos
 def _validate(
     model: Model, dataset: Dataset, protocol: str | None = None, users: int | None = None
 ) -> dict[str, float]:
-    """NDCG@10 on the validation answers; where the configuration says so, the intent's weight is fitted first."""
+    """NDCG@10 on the validation answers; where the configuration says so, the joint score's weights are fitted first."""
     config = model.config
     protocol = protocol or config.valid_protocol
-    weights = INTENT_WEIGHTS if _calibrates(config) else ()
-    # Of many users at once: the index reads the catalog once for them; of few: candidates take memory.
-    result = evaluate(
-        model,
-        dataset,
-        "valid",
-        protocol,
-        max_users=users or config.valid_users,
-        intent_weights=weights,
-        batch_size=1024 if protocol == "full" else 256,
-    )
-    if not weights:
+
+    def ranked(tried: list[Weights]) -> Evaluation:
+        return evaluate(
+            model,
+            dataset,
+            "valid",
+            protocol,
+            max_users=users or config.valid_users,
+            tried=tried,
+            # Of many users at once: the index reads the catalog once for them; of few: candidates take memory.
+            batch_size=1024 if protocol == "full" else 256,
+        )
+
+    if not _calibrates(config):
+        result = ranked([])
         return {metric: result.mean(metric) for metric in ("ndcg@10", "hr@10")}
-    best = max(weights, key=lambda weight: result.mean("ndcg@10", f"joint*{weight}"))
-    model.intent_weight[RANKINGS.index(protocol)] = best
-    return {metric: result.mean(metric, f"joint*{best}") for metric in ("ndcg@10", "hr@10")} | {"intent_weight": best}
+    best = 0.0, 0.0
+    for axis in (0, 1, 0) if protocol == "full" else (0,):  # one weight after the other
+        tried = [(value, best[1]) if axis == 0 else (best[0], value) for value in JOINT_WEIGHTS[axis]]
+        result = ranked(tried)
+        best = max(tried, key=lambda weights: result.mean("ndcg@10", joint_name(weights)))
+    model.intent_weight[RANKINGS.index(protocol)] = best[0]
+    if protocol == "full":
+        model.prior_weight.fill_(best[1])
+    found = {metric: result.mean(metric, joint_name(best)) for metric in ("ndcg@10", "hr@10")}
+    return found | {"intent_weight": best[0], "prior_weight": best[1]}
 
 
 def _calibrate(model: Model, dataset: Dataset, out: Path) -> None:

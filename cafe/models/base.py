@@ -10,6 +10,7 @@ from cafe.config import Config
 from cafe.data.dataset import Dataset
 
 RANKINGS = ("full", "aligned")  # the rankings that `intent_weight` has a weight for
+Weights = tuple[float, float]  # of the intent and of the item's prior in the joint score
 
 
 class Scores(NamedTuple):
@@ -90,6 +91,7 @@ class Model(nn.Module):
     personal = False  # reads who the user is
     item_intent: Tensor
     intent_weight: Tensor
+    prior_weight: Tensor
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__()
@@ -97,6 +99,7 @@ class Model(nn.Module):
         self.num_items, self.num_intents = dataset.num_items, dataset.num_intents
         self.register_buffer("item_intent", torch.from_numpy(dataset.item_intent.astype("int64")), persistent=False)
         self.register_buffer("intent_weight", torch.ones(len(RANKINGS)))
+        self.register_buffer("prior_weight", torch.zeros(()))
 
     def score(
         self,
@@ -118,12 +121,17 @@ class Model(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.score")
 
     def join(
-        self, item_logits: Tensor, intent_logits: Tensor | None, weight: float | None = None, protocol: str = "full"
+        self,
+        item_logits: Tensor,
+        intent_logits: Tensor | None,
+        weights: Weights | None = None,
+        protocol: str = "full",
     ) -> Tensor:
         """The joint score of items and their intents (Eq. 10): the item logits where there are no intents.
 
-        weight: of the intent, in place of the calibrated `intent_weight`.
-        protocol: which of the two weights; candidates drawn by popularity and the whole catalog want different ones.
+        weights: in place of the calibrated ones.
+        protocol: which of the calibrated weights; candidates drawn by popularity and the whole catalog want different ones. "full"
+            has the logits of the whole catalog, (B, num_items).
         """
         return item_logits
 

@@ -3,6 +3,14 @@
 R^c = intent encoder (plain), R^v = item encoder (distance mask), R = R^v + R^c                     (Eq. 4-7)
 r^c_j = R^c . E^c_j,  r^v_k = R . E^v_k                                                              (Eq. 8)
 score(v) = log sigma(r^v_v) + log sigma(r^c_{c(v)})                                                  (Eq. 10, by its logarithm)
+
+`calibrate` fits weights on validation. Among the whole catalog
+
+score(v) = r^v_v + a log P(c(v)) + b log P(v | c(v))
+
+P(c) is the model's, and P(v | c) is counted: of the training interactions with the intent, those with the item, both plus one. So an
+item of which next to nothing was learned stands behind the items of its intent that people take. Among drawn candidates b = 0: they
+were drawn by popularity, and to weigh that is to learn how they were drawn.
 """
 
 import torch
@@ -11,7 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from cafe.config import Config
 from cafe.data.dataset import Dataset
-from cafe.models.base import RANKINGS, Batch, Tokens
+from cafe.models.base import RANKINGS, Batch, Tokens, Weights
 from cafe.models.blocks import Encoder, embedding_table
 from cafe.models.sasrec import SASRec
 from cafe_kernels.losses import sampled_bce, sampled_softmax
@@ -22,11 +30,16 @@ class CAFE(SASRec):
     """SASRec's item side with the distance mask, and an intent encoder whose output joins it."""
 
     mask = True
+    prior: Tensor
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
         self.intent_embedding = embedding_table(self.num_intents, config)
         self.intent_encoder = Encoder(config)
+        if config.calibrate:
+            counts = torch.from_numpy(dataset.train_counts()).float()
+            of_intent = counts.new_zeros(self.num_intents).index_add_(0, self.item_intent, counts)
+            self.register_buffer("prior", counts.log1p() - of_intent.log1p()[self.item_intent], persistent=False)
 
     def encode(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         coarse = self.intent_encoder(self.read_intents(tokens), tokens, stream=2 * tokens.step + 1)
@@ -53,7 +66,7 @@ class CAFE(SASRec):
         return sampled_bce(coarse, self.intent_embedding, positives, batch.intent_negatives)
 
     def joint_terms(
-        self, intent_logits: Tensor | None, weight: float | None = None, protocol: str = "full"
+        self, intent_logits: Tensor | None, weights: Weights | None = None, protocol: str = "full"
     ) -> tuple[Tensor | None, str]:
         """Eq. 10's logarithm, the intent's part times `intent_weight` (1 unless calibrated)."""
         assert intent_logits is not None
@@ -61,11 +74,28 @@ class CAFE(SASRec):
             return None, "identity"
         sigmoid = self.config.join == "log_sigmoid"
         scores = logsigmoid(intent_logits) if sigmoid else intent_logits
-        factor = self.intent_weight[RANKINGS.index(protocol)] if weight is None else weight
+        factor = self.intent_weight[RANKINGS.index(protocol)] if weights is None else weights[0]
         return factor * scores, "log_sigmoid" if sigmoid else "identity"
 
     def join(
-        self, item_logits: Tensor, intent_logits: Tensor | None, weight: float | None = None, protocol: str = "full"
+        self,
+        item_logits: Tensor,
+        intent_logits: Tensor | None,
+        weights: Weights | None = None,
+        protocol: str = "full",
     ) -> Tensor:
-        intents, join = self.joint_terms(intent_logits, weight, protocol)
+        intents, join = self.joint_terms(intent_logits, weights, protocol)
+        if self.config.calibrate and protocol == "full":
+            item_logits = item_logits + (self.prior_weight if weights is None else weights[1]) * self.prior
         return item_logits if intents is None else JOINS[join](item_logits) + intents
+
+    def index_keys(self, items: Tensor) -> Tensor:
+        """With the prior as one more column, of which `index_query` has the weight."""
+        keys = self.keys(items)
+        return torch.cat([keys, self.prior[items, None]], 1) if self.config.calibrate else keys
+
+    def index_query(self, query: Tensor, weights: Weights | None = None) -> Tensor:
+        if not self.config.calibrate:
+            return query
+        weight = self.prior_weight if weights is None else query.new_tensor(weights[1])
+        return torch.cat([query, weight.expand(len(query), 1)], 1)

@@ -1,21 +1,29 @@
-"""SASRec (Kang & McAuley 2018) on packed sequences: one causal encoder over items, tied embeddings. CAFE's backbone (Eq. 1-3)."""
+"""SASRec (Kang & McAuley 2018) on packed sequences: one causal encoder over items, tied embeddings. CAFE's backbone (Eq. 1-3).
+
+Items are scored by R_t . E_v, or, with `config.cosine`, by a learned scale times the cosine of both: then a popular item cannot score high
+by the length of its embedding alone.
+"""
 
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from cafe.config import Config
 from cafe.data.dataset import Dataset
-from cafe.models.base import Batch, Model, Scores, Tokens
+from cafe.models.base import Batch, Model, Scores, Tokens, Weights
 from cafe.models.blocks import Encoder, embedding_table, hide, last_tokens, make_attention
 from cafe_kernels import TopKIndex
 from cafe_kernels.losses import sampled_bce, sampled_softmax
 
+ROWS = 1 << 16
+EPS = 1e-12  # of `normalize`
+
 
 class SASRec(Model):
-    """One item encoder; items are scored by R_t . E_v."""
+    """One item encoder."""
 
     mask = False  # SASRec's attention has theta = 1
     causal = True
@@ -26,6 +34,8 @@ class SASRec(Model):
         self.item_embedding = embedding_table(self.num_items, config)
         if config.compose_items:
             self.item_intent_embedding = embedding_table(self.num_intents, config)
+        if config.cosine:
+            self.scale = nn.Parameter(torch.tensor(config.cosine))
         self.item_encoder = self.make_encoder()
 
     def make_encoder(self) -> Encoder:
@@ -39,6 +49,14 @@ class SASRec(Model):
         if self.config.compose_items:
             rows = rows + nn.functional.embedding(self.item_intent[items], self.item_intent_embedding)
         return rows
+
+    def query(self, state: Tensor) -> Tensor:
+        """What items are searched by, (T, d), from R."""
+        return self.scale * normalize(state, dim=-1) if self.config.cosine else state
+
+    def keys(self, items: Tensor) -> Tensor:
+        """What `query` is multiplied by to score `items`, (*items.shape, d)."""
+        return normalize(self.embed(items), dim=-1) if self.config.cosine else self.embed(items)
 
     def read(self, tokens: Tokens) -> Tensor:
         """The item encoder's input, (T, d)."""
@@ -61,18 +79,25 @@ class SASRec(Model):
         sequence = batch.sequence
         if batch.targets is not None:
             state, sequence = state[batch.targets], sequence[batch.targets]
+        state, positives, negatives = self.query(state), batch.positives, batch.negatives
+        table: Tensor = self.item_embedding
         options: dict[str, Any] = {
             "ignore": batch.ignore,
             "sequence": None if batch.ignore is None else sequence,
-            "sparse_grad": True,
+            "sparse_grad": not self.config.cosine,
         }
-        if self.config.compose_items:
+        if self.config.cosine:  # the batch's items, of unit length, are a table of their own
+            items = torch.cat([positives, negatives.flatten()])
+            place = items.new_empty(len(self.item_embedding))  # not torch.unique, for which a GPU waits
+            place[items] = torch.arange(len(items), device=items.device)
+            table, positives, negatives = self.keys(items), place[positives], place[negatives]
+        elif self.config.compose_items:
             options["compose"] = self.item_intent_embedding, self.item_intent
         if self.config.loss == "bce":
-            return sampled_bce(state, self.item_embedding, batch.positives, batch.negatives, **options)
+            return sampled_bce(state, table, positives, negatives, **options)
         if batch.positive_log_q is not None and batch.negative_log_q is not None:
             options["log_q"] = batch.positive_log_q, batch.negative_log_q
-        return sampled_softmax(state, self.item_embedding, batch.positives, batch.negatives, **options)
+        return sampled_softmax(state, table, positives, negatives, **options)
 
     def tables(self) -> list[nn.Parameter]:
         return [self.item_embedding]
@@ -90,11 +115,11 @@ class SASRec(Model):
         return Tokens(items=items, cu_seqlens=cu_seqlens, max_seqlen=longest, sequence=sequence, users=users)
 
     def states(self, items: Tensor, cu_seqlens: Tensor, users: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """R and R^c after the newest item of each history, (B, d) each."""
+        """After the newest item of each history, what items are searched by (`query`), and R^c; (B, d) each."""
         tokens = self.history(items, cu_seqlens, users)
         item, intent = self.encode(tokens)
         last = last_tokens(tokens.cu_seqlens)
-        return item[last], None if intent is None else intent[last]
+        return self.query(item[last]), None if intent is None else intent[last]
 
     def score(
         self,
@@ -109,26 +134,41 @@ class SASRec(Model):
             item = state @ self.item_embedding.T
             if self.config.compose_items:  # R . (E_v + E_c) by its two parts: no second table is made
                 item += (state @ self.item_intent_embedding.T)[:, self.item_intent]
+            if self.config.cosine:
+                item /= torch.cat([self.embed(some).norm(dim=-1).clamp(min=EPS) for some in self.catalog()])
         else:
-            item = (self.embed(candidates) @ state.unsqueeze(-1)).squeeze(-1)
+            item = (self.keys(candidates) @ state.unsqueeze(-1)).squeeze(-1)
         intent = None if intent_state is None else self.intent_logits(intent_state)
         if intent is not None and candidates is not None:
             intent = intent.gather(1, self.item_intent[candidates] if candidate_intents is None else candidate_intents)
         return Scores(item, intent)
 
+    def catalog(self) -> tuple[Tensor, ...]:
+        """All items in parts of ROWS, so that what is made of them is made once and not three times."""
+        return torch.arange(self.num_items, device=self.item_embedding.device).split(ROWS)
+
     def index(self) -> TopKIndex:
-        """The items as they are now, to be searched with the states of `states` and the scores of `joint_terms`."""
-        table = torch.empty_like(self.item_embedding, dtype=torch.float32, requires_grad=False)
-        items = torch.arange(self.num_items, device=table.device)
+        """The items as they are now, to be searched with `index_query` and the scores of `joint_terms`."""
+        table: Tensor | None = None
         with torch.no_grad():
-            for rows, some in zip(
-                table.split(1 << 16), items.split(1 << 16), strict=True
-            ):  # so that one table is made, not three
-                rows.copy_(self.embed(some))
+            for start, some in zip(range(0, self.num_items, ROWS), self.catalog(), strict=True):
+                rows = self.index_keys(some)
+                if table is None:
+                    table = rows.new_empty(self.num_items, rows.shape[1], dtype=torch.float32)
+                table[start : start + len(rows)] = rows
+        assert table is not None
         return TopKIndex(table, self.item_intent, self.num_intents)
 
+    def index_keys(self, items: Tensor) -> Tensor:
+        """The rows of `items` in the index."""
+        return self.keys(items)
+
+    def index_query(self, query: Tensor, weights: Weights | None = None) -> Tensor:
+        """What the index is searched by, from `states`; `weights` as for `join`."""
+        return query
+
     def joint_terms(
-        self, intent_logits: Tensor | None, weight: float | None = None, protocol: str = "full"
+        self, intent_logits: Tensor | None, weights: Weights | None = None, protocol: str = "full"
     ) -> tuple[Tensor | None, str]:
         """What each intent adds to the joint score, (B, C), and what is taken of an item's own score: see `join` and TopKIndex."""
         return None, "identity"

@@ -16,6 +16,8 @@ CHOICES = [
     ("cafe", {}),
     ("cafe", {"join": "sum"}),
     ("cafe", {"join": "log_softmax", "compose_items": True}),
+    ("cafe", {"join": "log_softmax", "compose_items": True, "cosine": 8.0, "calibrate": True}),
+    ("sasrec", {"cosine": 8.0}),
 ]
 
 
@@ -23,18 +25,19 @@ def model_of(dataset, model, choice):
     torch.manual_seed(0)
     net = build(Config.make(model, dim=16, heads=2, max_len=8, init_std=0.5, **choice), dataset).eval()
     net.intent_weight[0] = 0.7
+    net.prior_weight.fill_(0.3)
     return net
 
 
 @pytest.mark.parametrize(("model", "choice"), CHOICES)
 def test_full_evaluation_counts_what_the_scores_say(dataset, model, choice):
     net = model_of(dataset, model, choice)
-    weights = [] if model == "sasrec" else [0.3, 2.0]
+    weights = [] if model == "sasrec" else [(0.3, 0.1), (2.0, 0.0)]
     by_scores = SimpleNamespace(
         config=net.config, score=net.score, join=net.join
     )  # evaluate cannot know that it may use an index
-    want = evaluate(by_scores, dataset, protocol="full", intent_weights=weights)
-    got = evaluate(net, dataset, protocol="full", intent_weights=weights)
+    want = evaluate(by_scores, dataset, protocol="full", tried=weights)
+    got = evaluate(net, dataset, protocol="full", tried=weights)
     assert want.greater.keys() == got.greater.keys()
     assert len(want.greater) == 1 if model == "sasrec" else 4
     for name in want.greater:

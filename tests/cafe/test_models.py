@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import logsigmoid
 
 from cafe.batches import Batches
 from cafe.config import Config
@@ -23,6 +24,7 @@ CHOICES = [
     {"distance_mask": False, "compose_items": True},
     {"loss": "softmax", "negatives": 9, "negatives_shared": "batch", "intent_loss": "softmax", "join": "log_softmax"},
     {"loss": "softmax", "negatives": 3, "negatives_alpha": 0.5},
+    {"loss": "softmax", "negatives": 9, "negatives_shared": "batch", "compose_items": True, "cosine": 8.0},
 ]
 
 
@@ -296,6 +298,34 @@ def test_forward_by_hand(dataset, field):
     else:
         assert all(block.attention.distance is None for block in net.item_encoder.blocks)
     assert all(block.attention.distance is None for block in net.intent_encoder.blocks)
+
+
+@pytest.mark.parametrize("loss", ["bce", "softmax", "full"])
+def test_cosine_loss_by_hand(dataset, loss):
+    """Scores are the scale times the cosine of R and E_v, in the loss and its gradients; the scale is learned."""
+    options = {"loss": loss, "negatives": 5, "negatives_alpha": 0.5, "compose_items": True, "cosine": 6.0}
+    net = shaken(Config.make("sasrec", **SMALL | options), dataset)
+    batches = Batches(net.config, dataset)
+    batch = batches(batches.rows[:4], 0)
+    got = torch.autograd.grad(net.loss(batch), list(net.parameters()), materialize_grads=True)
+    state, table = net.encode(batch)[0], net.item_embedding + net.item_intent_embedding[net.item_intent]
+    cosine = (state @ table.T) / (state.norm(dim=1)[:, None] * table.norm(dim=1))
+    logits = net.scale * cosine
+    negatives = batch.negatives.expand(len(state), -1)
+    true, false = logits.gather(1, batch.positives[:, None]), logits.gather(1, negatives)
+    if loss == "bce":
+        want = -(logsigmoid(true) + logsigmoid(-false).sum(1, keepdim=True)).mean()
+    elif loss == "softmax":
+        true, false = true - batch.positive_log_q[:, None], false - batch.negative_log_q
+        want = (torch.cat([true, false], 1).logsumexp(1, keepdim=True) - true).mean()
+    else:
+        want = (logits.logsumexp(1, keepdim=True) - true).mean()
+    torch.testing.assert_close(net.loss(batch), want)
+    expected = torch.autograd.grad(want, list(net.parameters()), materialize_grads=True)
+    for (name, _), a, b in zip(net.named_parameters(), got, expected, strict=True):
+        torch.testing.assert_close(a.to_dense() if a.is_sparse else a, b, rtol=1e-4, atol=1e-5, msg=name)
+    scale = [name for name, _ in net.named_parameters()].index("scale")
+    assert got[scale].abs() > 1e-3
 
 
 @pytest.mark.parametrize("block", ["pre_norm", "query_norm"])

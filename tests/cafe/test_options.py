@@ -14,7 +14,7 @@ from cafe.batches import Batches, prefetch
 from cafe.checkpoint import load_checkpoint
 from cafe.config import Config
 from cafe.data.dataset import Dataset, Sequences
-from cafe.evaluate import evaluate
+from cafe.evaluate import evaluate, joint_name
 from cafe.models import build
 
 P_VALUE = 1e-3  # a right sampler fails one seed in a thousand; the seeds are fixed, so what passes once always passes
@@ -154,29 +154,50 @@ def test_split_and_seed_choose_users_and_candidates(dataset, model):
 
 @pytest.mark.parametrize("protocol", ["aligned", "full"])
 def test_calibration_keeps_the_weight_that_validates_best(dataset, model, protocol):
-    """Each weight set by hand, evaluated as usual; the best is stored for its ranking and the other's stays."""
-    net = build(Config.make("cafe", **TINY, calibrate=True, valid_users=70), dataset)
+    """Each weight set by hand, evaluated as usual; the best are stored for their ranking and the other's stay."""
+    net = build(Config.make("cafe", **TINY, calibrate=True, join="log_softmax", valid_users=70), dataset)
     net.load_state_dict(model.state_dict())
     place = ("full", "aligned").index(protocol)
-    scores = []
-    for weight in train.INTENT_WEIGHTS:
-        net.intent_weight[place] = weight
-        scores.append(evaluate(net, dataset, "valid", protocol, max_users=70).mean("ndcg@10", "joint"))
-    assert len(set(scores)) > 3
-    net.intent_weight[:] = 7.0
+
+    def by_hand(weights):
+        net.intent_weight[place] = weights[0]
+        net.prior_weight.fill_(weights[1])
+        return evaluate(net, dataset, "valid", protocol, max_users=70).mean("ndcg@10", "joint")
+
+    best = (0.0, 0.0)
+    for axis in (0, 1, 0) if protocol == "full" else (0,):
+        tried = [(x, best[1]) if axis == 0 else (best[0], x) for x in train.JOINT_WEIGHTS[axis]]
+        scores = [by_hand(weights) for weights in tried]
+        assert len(set(scores)) > 3
+        best = tried[int(np.argmax(scores))]
+    assert best[0] != 1.0
+    net.intent_weight[:], at_7 = 7.0, net.prior_weight.fill_(7.0).item()
     found = train._validate(net, dataset, protocol)
-    best = train.INTENT_WEIGHTS[int(np.argmax(scores))]
-    assert best != 1.0
-    assert found["intent_weight"] == best
+    assert (found["intent_weight"], found["prior_weight"]) == best
     assert found["ndcg@10"] == pytest.approx(max(scores), abs=1e-9)
-    assert net.intent_weight[place] == pytest.approx(best)
+    assert net.intent_weight[place] == pytest.approx(best[0])
     assert net.intent_weight[1 - place] == 7.0
+    assert net.prior_weight == pytest.approx(best[1] if protocol == "full" else at_7)
     assert evaluate(net, dataset, "valid", protocol, max_users=70).mean("ndcg@10", "joint") == max(scores)
-    plain = build(Config.make("cafe", **TINY, valid_users=70), dataset)
+    plain = build(Config.make("cafe", **TINY, join="log_softmax", valid_users=70), dataset)
     plain.load_state_dict(model.state_dict())
-    at_one = scores[train.INTENT_WEIGHTS.index(1.0)]
-    assert train._validate(plain, dataset, protocol)["ndcg@10"] == pytest.approx(at_one, abs=1e-9)
+    assert train._validate(plain, dataset, protocol)["ndcg@10"] == pytest.approx(by_hand((1.0, 0.0)), abs=1e-9)
     assert plain.intent_weight.tolist() == [1.0, 1.0]
+
+
+def test_prior_by_hand(dataset):
+    """In the whole catalog the joint score has b log P(v | c), of training's counts plus one; among drawn candidates it has not."""
+    net = build(Config.make("cafe", **TINY, calibrate=True, join="log_softmax"), dataset)
+    counts = np.bincount(dataset.train().items, minlength=dataset.num_items)
+    of_intent = np.bincount(dataset.item_intent, counts)
+    prior = np.log((counts + 1) / (of_intent[dataset.item_intent] + 1))
+    item, intent = torch.randn(3, dataset.num_items), torch.randn(3, dataset.num_items)
+    net.prior_weight.fill_(0.4)
+    torch.testing.assert_close(net.join(item, intent), item + intent + 0.4 * torch.from_numpy(prior).float())
+    torch.testing.assert_close(
+        net.join(item, intent, (2.0, 3.0)), item + 2 * intent + 3 * torch.from_numpy(prior).float()
+    )
+    torch.testing.assert_close(net.join(item[:, :4], intent[:, :4], protocol="aligned"), item[:, :4] + intent[:, :4])
 
 
 @pytest.mark.parametrize("calibrate", [True, False])
@@ -194,7 +215,8 @@ def test_a_fit_validates_when_and_on_whom_it_is_told(dataset, tmp_path, monkeypa
     net = train.fit(Config.make("cafe", **TINY, lr=1e-2, **options), dataset, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines if "valid" in line] == [1, 3, 4]  # every second, and the last
-    assert asked == [("valid", "full", 40)] * 3 + [("valid", "aligned", 200)] * calibrate
+    fits = 3 if calibrate else 1
+    assert asked == [("valid", "full", 40)] * 3 * fits + [("valid", "aligned", 200)] * calibrate
     tensors, state = load_checkpoint(tmp_path / "run" / "best.safetensors")
     assert torch.equal(tensors["intent_weight"], net.intent_weight)
     if not calibrate:
@@ -205,6 +227,8 @@ def test_a_fit_validates_when_and_on_whom_it_is_told(dataset, tmp_path, monkeypa
     assert stored[0].item() == pytest.approx(state["intent_weight"])
     assert stored[1].item() == pytest.approx(state["calibrated"]["aligned"]["intent_weight"])
     for place, (protocol, users) in enumerate((("full", 40), ("aligned", 200))):
-        found = evaluate(net, dataset, "valid", protocol, max_users=users, intent_weights=train.INTENT_WEIGHTS)
-        scores = [found.mean("ndcg@10", f"joint*{weight}") for weight in train.INTENT_WEIGHTS]
-        assert stored[place].item() == pytest.approx(train.INTENT_WEIGHTS[int(np.argmax(scores))])
+        prior = float(net.prior_weight) if protocol == "full" else 0.0
+        tried = [(weight, prior) for weight in train.JOINT_WEIGHTS[0]]
+        found = evaluate(net, dataset, "valid", protocol, max_users=users, tried=tried)
+        scores = [found.mean("ndcg@10", joint_name(weights)) for weights in tried]
+        assert stored[place].item() == pytest.approx(tried[int(np.argmax(scores))][0])
