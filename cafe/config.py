@@ -36,6 +36,8 @@ class Config:
     qk_positions: bool = False  # code: position embeddings are added to queries and keys again
     # Items and intents
     compose_items: bool = False  # item embedding = its own + one of its intent
+    # An item's own embedding times n / (n + shrinkage), n: how often training has it. So a rare, composed item is near its intent
+    shrinkage: float = 0.0
     # Items are scored by R_t . E_v (Eq. 8), or, if positive, by their cosine times a learned scale that begins at this value
     cosine: float = 0.0
     # Eq. 10; code: sum of raw logits; item: no joint inference, r^v alone (Table 3)
@@ -105,7 +107,7 @@ class Config:
         for name in ("lr", "init_std"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive, finite number")
-        for name in ("weight_decay", "negatives_alpha", "cosine"):
+        for name in ("weight_decay", "negatives_alpha", "shrinkage", "cosine"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a finite number, not negative")
         for name in ("mask_prob", "mask_last", "sse_user", "sse_item"):

@@ -51,6 +51,7 @@ JOINT_WEIGHTS = (  # that calibration tries: of the intent, and of the item's pr
     (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7),
 )
 SCORES_TO_CALIBRATE = 10**8  # scores (users times items) that fitting the weight for the whole catalog may compute
+PER_ITEM = {"item_intent", "trust"}  # buffers that the loss reads by item
 SAVING_SHARE = 10  # saving takes at most one in so many seconds: a table of millions takes a slow disk a minute
 STREAMS = 2**31  # seeds of steps: seed * STREAMS + step
 STEPS_BETWEEN_READS = 50  # of the loss on a GPU, since to read it is to wait for the step
@@ -276,14 +277,15 @@ def train_step(model: Model, optimizers: Optimizers, batch: Batch) -> torch.Tens
     device = batch.items.device
     if batch.rows is not None:
         lent = {name: lend(p, batch.rows, device) for name, p in model.named_parameters() if p is model.tables()[0]}
-        lent["item_intent"] = model.item_intent[batch.rows.to(device, non_blocking=True)]
+        names = [name for name in PER_ITEM if hasattr(model, name)]
+        lent |= {name: getattr(model, name)[batch.rows.to(device, non_blocking=True)] for name in names}
     low = model.config.precision == "bf16"
     with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
         loss = functional_call(model, lent, (batch,)) if lent else model.loss(batch)
     if loss.device.type == "cpu":
         _check_finite(loss.item(), batch.step, model.config.lr)
     loss.backward()
-    for name in lent.keys() - {"item_intent"}:
+    for name in lent.keys() - PER_ITEM:
         assert batch.rows is not None
         give_back(model.get_parameter(name), batch.rows, lent[name])
     for optimizer in optimizers:

@@ -28,12 +28,16 @@ class SASRec(Model):
     mask = False  # SASRec's attention has theta = 1
     causal = True
     intent_embedding: Tensor
+    trust: Tensor
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
         self.item_embedding = embedding_table(self.num_items, config)
         if config.compose_items:
             self.item_intent_embedding = embedding_table(self.num_intents, config)
+        if config.shrinkage:
+            counts = torch.from_numpy(dataset.train_counts()).float()
+            self.register_buffer("trust", counts / (counts + config.shrinkage), persistent=False)
         if config.cosine:
             self.scale = nn.Parameter(torch.tensor(config.cosine))
         self.item_encoder = self.make_encoder()
@@ -44,8 +48,10 @@ class SASRec(Model):
         return Encoder(self.config, partial(make_attention, max_distance=longest, causal=self.causal))
 
     def embed(self, items: Tensor) -> Tensor:
-        """E_v of `items`, (*items.shape, d): an item's own row, plus that of its intent where items are composed."""
+        """E_v of `items`, (*items.shape, d): an item's own row, shrunk, plus that of its intent where items are composed."""
         rows = nn.functional.embedding(items, self.item_embedding, sparse=True)
+        if self.config.shrinkage:
+            rows = rows * self.trust[items].unsqueeze(-1)
         if self.config.compose_items:
             rows = rows + nn.functional.embedding(self.item_intent[items], self.item_intent_embedding)
         return rows
@@ -84,9 +90,10 @@ class SASRec(Model):
         options: dict[str, Any] = {
             "ignore": batch.ignore,
             "sequence": None if batch.ignore is None else sequence,
-            "sparse_grad": not self.config.cosine,
+            "sparse_grad": True,
         }
-        if self.config.cosine:  # the batch's items, of unit length, are a table of their own
+        if self.config.cosine or self.config.shrinkage:  # what the batch's items are scored by is a table of its own
+            options["sparse_grad"] = False
             items = torch.cat([positives, negatives.flatten()])
             place = items.new_empty(len(self.item_embedding))  # not torch.unique, for which a GPU waits
             place[items] = torch.arange(len(items), device=items.device)
@@ -132,6 +139,8 @@ class SASRec(Model):
         state, intent_state = self.states(items, cu_seqlens, users)
         if candidates is None:
             item = state @ self.item_embedding.T
+            if self.config.shrinkage:
+                item *= self.trust
             if self.config.compose_items:  # R . (E_v + E_c) by its two parts: no second table is made
                 item += (state @ self.item_intent_embedding.T)[:, self.item_intent]
             if self.config.cosine:

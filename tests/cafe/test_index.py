@@ -18,6 +18,7 @@ CHOICES = [
     ("cafe", {"join": "log_softmax", "compose_items": True}),
     ("cafe", {"join": "log_softmax", "compose_items": True, "cosine": 8.0, "calibrate": True}),
     ("sasrec", {"cosine": 8.0}),
+    ("sasrec", {"compose_items": True, "shrinkage": 2.0}),
 ]
 
 

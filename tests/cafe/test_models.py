@@ -25,6 +25,7 @@ CHOICES = [
     {"loss": "softmax", "negatives": 9, "negatives_shared": "batch", "intent_loss": "softmax", "join": "log_softmax"},
     {"loss": "softmax", "negatives": 3, "negatives_alpha": 0.5},
     {"loss": "softmax", "negatives": 9, "negatives_shared": "batch", "compose_items": True, "cosine": 8.0},
+    {"loss": "softmax", "compose_items": True, "shrinkage": 1.5},
 ]
 
 
@@ -300,17 +301,23 @@ def test_forward_by_hand(dataset, field):
     assert all(block.attention.distance is None for block in net.intent_encoder.blocks)
 
 
+@pytest.mark.parametrize(("cosine", "shrinkage"), [(6.0, 0.0), (6.0, 1.5), (0.0, 1.5)])
 @pytest.mark.parametrize("loss", ["bce", "softmax", "full"])
-def test_cosine_loss_by_hand(dataset, loss):
-    """Scores are the scale times the cosine of R and E_v, in the loss and its gradients; the scale is learned."""
-    options = {"loss": loss, "negatives": 5, "negatives_alpha": 0.5, "compose_items": True, "cosine": 6.0}
+def test_item_loss_by_hand(dataset, loss, cosine, shrinkage):
+    """Scores are R . E_v, or a learned scale times their cosine, in the loss and its gradients; own rows shrink by n / (n + 1.5)."""
+    options = {"loss": loss, "negatives": 5, "negatives_alpha": 0.5, "compose_items": True}
+    options |= {"cosine": cosine, "shrinkage": shrinkage}
     net = shaken(Config.make("sasrec", **SMALL | options), dataset)
     batches = Batches(net.config, dataset)
     batch = batches(batches.rows[:4], 0)
     got = torch.autograd.grad(net.loss(batch), list(net.parameters()), materialize_grads=True)
-    state, table = net.encode(batch)[0], net.item_embedding + net.item_intent_embedding[net.item_intent]
-    cosine = (state @ table.T) / (state.norm(dim=1)[:, None] * table.norm(dim=1))
-    logits = net.scale * cosine
+    counts = torch.from_numpy(np.bincount(dataset.train().items, minlength=dataset.num_items))[:, None]
+    trust = counts / (counts + shrinkage) if shrinkage else 1.0
+    table = net.item_embedding * trust + net.item_intent_embedding[net.item_intent]
+    state = net.encode(batch)[0]
+    logits = state @ table.T
+    if cosine:
+        logits = net.scale * logits / (state.norm(dim=1)[:, None] * table.norm(dim=1))
     negatives = batch.negatives.expand(len(state), -1)
     true, false = logits.gather(1, batch.positives[:, None]), logits.gather(1, negatives)
     if loss == "bce":
@@ -324,8 +331,9 @@ def test_cosine_loss_by_hand(dataset, loss):
     expected = torch.autograd.grad(want, list(net.parameters()), materialize_grads=True)
     for (name, _), a, b in zip(net.named_parameters(), got, expected, strict=True):
         torch.testing.assert_close(a.to_dense() if a.is_sparse else a, b, rtol=1e-4, atol=1e-5, msg=name)
-    scale = [name for name, _ in net.named_parameters()].index("scale")
-    assert got[scale].abs() > 1e-3
+    scales = [grad for (name, _), grad in zip(net.named_parameters(), got, strict=True) if name == "scale"]
+    assert len(scales) == bool(cosine)
+    assert all(grad.abs() > 1e-3 for grad in scales)
 
 
 @pytest.mark.parametrize("block", ["pre_norm", "query_norm"])
