@@ -42,7 +42,8 @@ class Config:
     cosine: float = 0.0
     # Eq. 10; code: sum of raw logits; item: no joint inference, r^v alone (Table 3)
     join: Literal["log_sigmoid", "log_softmax", "sum", "item"] = "log_sigmoid"
-    calibrate: bool = False  # weight of the intent in the joint score, fitted on validation (1 otherwise)
+    # Weights of the intent and of P(v | c) in the joint score, fitted on validation (1 and 0 otherwise): see cafe.models.cafe
+    calibrate: bool = False
     # Objective
     loss: Literal["bce", "softmax", "full"] = (
         "bce"  # Eq. 9, sampled softmax with log-Q correction, or softmax over all items
@@ -141,13 +142,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {
         "dim": 64,
         "loss": "softmax",
-        "negatives": 512,
+        "negatives": 2048,
         "negatives_shared": "batch",
         "negatives_alpha": 0.5,
         "intent_loss": "softmax",
         "join": "log_softmax",
         "calibrate": True,
-        "dropout": 0.4,
+        "dropout": 0.5,
         "batch_size": 128,
     },
 }
@@ -156,7 +157,7 @@ CLOZE = {"loss": "full", "heads": 2, "attention_bias": True, "score_scale": "sqr
 # Where a model's preset is not that of the others: `paper` is each model's own paper; SASRec's `best` is SASRec trained with the better
 # loss, and no more.
 OVERRIDES: dict[tuple[str, str], dict[str, Any]] = {
-    ("cafe", "best"): {"compose_items": True},
+    ("cafe", "best"): {"compose_items": True, "shrinkage": 0.5, "cosine": 10.0},
     **{(model, "paper"): CLOZE for model in ("bert4rec", "locker", "nova", "bertf", "lockerf")},
     **{(model, "best"): {"heads": 2} for model in ("locker", "lockerf")},
 }

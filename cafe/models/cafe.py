@@ -8,7 +8,7 @@ score(v) = log sigma(r^v_v) + log sigma(r^c_{c(v)})                             
 
 score(v) = r^v_v + a log P(c(v)) + b log P(v | c(v))
 
-P(c) is the model's, and P(v | c) is counted: of the training interactions with the intent, those with the item, both plus one. So an
+P(c) is the model's, and P(v | c) is counted: of the training interactions with the intent, those with the item, plus PSEUDO_COUNT. So an
 item of which next to nothing was learned stands behind the items of its intent that people take. Among drawn candidates b = 0: they
 were drawn by popularity, and to weigh that is to learn how they were drawn.
 """
@@ -25,6 +25,8 @@ from cafe.models.sasrec import SASRec
 from cafe_kernels.losses import sampled_bce, sampled_softmax
 from cafe_kernels.topk.reference import JOINS
 
+PSEUDO_COUNT = 0.1  # so that an item that training has not is a tenth of one that it has once
+
 
 class CAFE(SASRec):
     """SASRec's item side with the distance mask, and an intent encoder whose output joins it."""
@@ -37,9 +39,9 @@ class CAFE(SASRec):
         self.intent_embedding = embedding_table(self.num_intents, config)
         self.intent_encoder = Encoder(config)
         if config.calibrate:
-            counts = torch.from_numpy(dataset.train_counts()).float()
+            counts = torch.from_numpy(dataset.train_counts()).float() + PSEUDO_COUNT
             of_intent = counts.new_zeros(self.num_intents).index_add_(0, self.item_intent, counts)
-            self.register_buffer("prior", counts.log1p() - of_intent.log1p()[self.item_intent], persistent=False)
+            self.register_buffer("prior", counts.log() - of_intent.log()[self.item_intent], persistent=False)
 
     def encode(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         coarse = self.intent_encoder(self.read_intents(tokens), tokens, stream=2 * tokens.step + 1)

@@ -186,11 +186,11 @@ def test_calibration_keeps_the_weight_that_validates_best(dataset, model, protoc
 
 
 def test_prior_by_hand(dataset):
-    """In the whole catalog the joint score has b log P(v | c), of training's counts plus one; among drawn candidates it has not."""
+    """In the whole catalog the joint score has b log P(v | c), of training's counts plus 0.1; among drawn candidates it has not."""
     net = build(Config.make("cafe", **TINY, calibrate=True, join="log_softmax"), dataset)
-    counts = np.bincount(dataset.train().items, minlength=dataset.num_items)
+    counts = np.bincount(dataset.train().items, minlength=dataset.num_items) + 0.1
     of_intent = np.bincount(dataset.item_intent, counts)
-    prior = np.log((counts + 1) / (of_intent[dataset.item_intent] + 1))
+    prior = np.log(counts / of_intent[dataset.item_intent])
     item, intent = torch.randn(3, dataset.num_items), torch.randn(3, dataset.num_items)
     net.prior_weight.fill_(0.4)
     torch.testing.assert_close(net.join(item, intent), item + intent + 0.4 * torch.from_numpy(prior).float())
