@@ -23,6 +23,7 @@ from cafe.data.dataset import Dataset, Sequences
 from cafe_kernels import AliasSampler
 
 PROTOCOLS = ("aligned", "full", "authors")
+PAIRED_INTENTS = 3  # that the pairing of `authors` needs: the answer's, a negative's own and another
 POPULARITIES = ("all", "train")
 
 
@@ -138,8 +139,8 @@ def other_intents(intents: NDArray[np.integer], num_intents: int, rng: np.random
     Returns:
         (users, negatives) int64, uniform over the intents that are left.
     """
-    if num_intents < 3:
-        raise ValueError(f"the authors' pairing needs at least 3 intents, the dataset has {num_intents}")
+    if num_intents < PAIRED_INTENTS:
+        raise ValueError(f"the authors' pairing needs at least {PAIRED_INTENTS} intents, the dataset has {num_intents}")
     low, high = np.minimum(intents[:, :1], intents[:, 1:]), np.maximum(intents[:, :1], intents[:, 1:])
     drawn = rng.integers(num_intents - 1 - (low < high))  # numbers the intents left, in ascending order
     drawn += drawn >= low  # ... and steps over the one or two that are not

@@ -161,7 +161,9 @@ def simulate(
 def train(
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     data: Annotated[Path | None, typer.Option(help="Prepared dataset; with --resume that of the run.")] = None,
-    model: Annotated[str | None, typer.Option(help="cafe, sasrec or poprec.", show_default="cafe")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="One of the ten of Table 2: sasrec, bert4rec, ...", show_default="cafe")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="paper or best.", show_default="best")] = None,
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
@@ -373,12 +375,13 @@ def _compare_experiment(
     metric: str,
     as_json: bool,
 ) -> None:
-    from cafe.experiment import read_experiment, run_experiment
+    from cafe.experiment import checked_protocols, read_experiment, run_experiment
     from cafe.tables import SHOWN, experiment_markdown
     from cafe.train import Interrupted
 
     experiment = read_experiment(config)
-    experiment = replace(experiment, seeds=seeds or experiment.seeds, protocols=protocol or experiment.protocols)
+    protocols = checked_protocols(protocol or experiment.protocols)
+    experiment = replace(experiment, seeds=seeds or experiment.seeds, protocols=protocols)
 
     def progress(name: str, seed: int) -> Any:
         err_console.print(f"{name}, seed {seed}", highlight=False, soft_wrap=True)

@@ -10,6 +10,8 @@ Model = Literal[
     "poprec", "sasrec", "bert4rec", "ssept", "locker", "nova", "fdsa", "bertf", "lockerf", "cafe"
 ]  # Table 2, in its order
 
+LARGEST = 1e6  # of every positive number: beyond, float32 overflows somewhere
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -76,7 +78,7 @@ class Config:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
-            if kind is float and type(value) is int:
+            if kind is float and type(value) is int and abs(value) < 2**53:
                 object.__setattr__(self, field.name, float(value))
                 continue
             if get_origin(kind) is Literal:
@@ -103,6 +105,10 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
         if self.dim % self.heads:
             raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}")
+        if self.model == "ssept" and (self.dim + self.user_dim) % self.heads:
+            raise ValueError(
+                f"dim={self.dim} plus user_dim={self.user_dim}, SSE-PT's width, must be a multiple of heads={self.heads}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: expected a share in [0, 1)")
         for name in ("lr", "init_std"):
@@ -111,6 +117,11 @@ class Config:
         for name in ("weight_decay", "negatives_alpha", "shrinkage", "cosine"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a finite number, not negative")
+        for name in ("lr", "init_std", "weight_decay", "negatives_alpha", "shrinkage", "cosine"):
+            if getattr(self, name) > LARGEST:
+                raise ValueError(f"{name}={getattr(self, name):g}: expected at most {LARGEST:g}")
+        if self.shrinkage and not self.compose_items:
+            raise ValueError("shrinkage draws an item to its intent: set compose_items=true, too")
         for name in ("mask_prob", "mask_last", "sse_user", "sse_item"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a share in [0, 1]")

@@ -41,7 +41,7 @@ FULL_BYTES_PER_SCORE = 40  # the item logit, its intent's, their join and its te
 
 
 class Model(Protocol):
-    """What evaluation needs of a model: PopRec, SASRec and CAFE have it."""
+    """What evaluation needs of a model: all of cafe.models have it."""
 
     config: Any  # config.max_len: how many of the newest items of a history the model reads
 

@@ -20,11 +20,12 @@ experiment.json keeps the systems' names and the baseline for `cafe report`.
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cafe.candidates import PAIRED_INTENTS
 from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.data.folders import write_atomically
@@ -77,23 +78,44 @@ def read_experiment(path: str | Path) -> Experiment:
     parts = content.get("systems")
     if not isinstance(parts, dict) or not parts or not all(isinstance(part, dict) for part in parts.values()):
         raise ValueError(f"{file}: no system in it; write a part [systems.NAME] with model = ... for each")
+    if not isinstance(content["common"], dict):
+        raise ValueError(f"{file}: common={content['common']!r}: expected a part [common] of options")
     systems = {}
     for name, part in parts.items():
+        options = {"preset": "paper"} | content["common"] | part
+        if "model" not in options or "seed" in options:
+            raise ValueError(
+                f"{file}: systems.{name}: expected a model and no seed; seeds = N above all parts is how many"
+            )
         try:
-            systems[name] = Config.make(**{"preset": "paper"} | content["common"] | part)
+            systems[name] = Config.make(**options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: systems.{name}: {error}") from None
     slugs = [slug(name) for name in systems]
     if len(set(slugs)) < len(slugs):
         raise ValueError(f"{file}: two systems would share a run folder ({', '.join(slugs)}): rename one")
     baseline = content["baseline"] or next(iter(systems))
-    if baseline not in systems:
+    if not isinstance(baseline, str) or baseline not in systems:
         raise ValueError(f"{file}: baseline {baseline!r} is not one of the systems: {', '.join(systems)}")
     if type(content["seeds"]) is not int or content["seeds"] < 1:
         raise ValueError(f"{file}: seeds={content['seeds']!r}: expected a whole number from 1 on")
-    if wrong := set(content["protocols"]) - set(DEFAULTS["protocols"]):
-        raise ValueError(f"{file}: no protocol {wrong.pop()!r}; there are {', '.join(DEFAULTS['protocols'])}")
-    return Experiment(systems, baseline, content["seeds"], list(content["protocols"]))
+    try:
+        return Experiment(systems, baseline, content["seeds"], checked_protocols(content["protocols"]))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def checked_protocols(protocols: Any) -> list[str]:
+    """The protocols, each once; a ValueError for what is not a list of their names."""
+    known = DEFAULTS["protocols"]
+    if not isinstance(protocols, list) or not protocols or any(name not in known for name in protocols):
+        raise ValueError(f"protocols={protocols!r}: expected a list of some of {', '.join(known)}")
+    return list(dict.fromkeys(protocols))
+
+
+def possible_protocols(protocols: Sequence[str], dataset: Dataset) -> list[str]:
+    """Without `authors` where there are not the three intents that its pairing needs."""
+    return [name for name in protocols if name != "authors" or dataset.num_intents >= PAIRED_INTENTS]
 
 
 def run_experiment(
@@ -111,7 +133,7 @@ def run_experiment(
         progress: called with the name and seed of each training that begins, returns `fit`'s `progress`.
 
     Returns:
-        For each protocol and system the evaluations of its seeds.
+        For each protocol and system the evaluations of its seeds; without `authors` where there are fewer than three intents.
 
     Raises:
         ValueError: a run folder in `out` is of another configuration or dataset.
@@ -119,9 +141,11 @@ def run_experiment(
     data, out = Path(data), Path(out)
     dataset = Dataset.load(data)
     out.mkdir(parents=True, exist_ok=True)
-    names = {"systems": {slug(name): name for name in experiment.systems}, "baseline": experiment.baseline}
+    former = json.loads((out / NAMES).read_text())["systems"] if (out / NAMES).exists() else {}
+    names = {"systems": former | {slug(name): name for name in experiment.systems}, "baseline": experiment.baseline}
     write_atomically({out / NAMES: [json.dumps(names, indent=2).encode()]})
-    results: Results = {protocol: {name: [] for name in experiment.systems} for protocol in experiment.protocols}
+    protocols = possible_protocols(experiment.protocols, dataset)
+    results: Results = {protocol: {name: [] for name in experiment.systems} for protocol in protocols}
     for seed, name, config in _runs(experiment):
         run = out / f"{slug(name)}-{seed}"
         fit(
@@ -133,7 +157,7 @@ def run_experiment(
             device=device,
             progress=progress(name, seed),
         )
-        for protocol in experiment.protocols:
+        for protocol in protocols:
             results[protocol][name].append(ranked(run, name, dataset, protocol))
     return results
 

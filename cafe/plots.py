@@ -13,7 +13,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
+from torch import Tensor, nn
 
 from cafe.data.dataset import Dataset, Sequences
 from cafe.data.folders import write_atomically
@@ -54,6 +54,16 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file.read_text().splitlines()]
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): delete it, or go on with the run to write it again") from None
+
+
+def learned_masks(model: nn.Module) -> dict[str, DistanceMaskedAttention]:
+    """The attention modules with a distance mask that is learned, and not a fixed window, by name."""
+    found = {}
+    for name, part in model.named_modules():
+        log_theta = part.log_theta() if isinstance(part, DistanceMaskedAttention) else None
+        if isinstance(part, DistanceMaskedAttention) and log_theta is not None and bool(log_theta.isfinite().all()):
+            found[name] = part
+    return found
 
 
 def plot_theta(curves: Sequence[Tensor], lengths: np.ndarray, path: Path, causal: bool = True) -> None:

@@ -3,7 +3,7 @@
 import re
 import reprlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,7 +108,9 @@ class Recommender:
                 f"histories={reprlib.repr(histories)}: expected a list of histories, each a list of item ids, as in "
                 f"[['i20', 'i21']]"
             )
-        if users is not None and (isinstance(users, str) or len(users) != len(histories)):
+        if users is not None and (
+            isinstance(users, str) or not isinstance(users, Sized) or len(users) != len(histories)
+        ):
             raise ValueError(
                 f"users={reprlib.repr(users)}: expected one user id for each of {len(histories)} histories"
             )

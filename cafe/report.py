@@ -22,18 +22,21 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cafe import plots
+from cafe.candidates import PAIRED_INTENTS
+from cafe.checkpoint import read_state
 from cafe.config import Config
 from cafe.config import Model as Kind
 from cafe.data.dataset import Dataset
 from cafe.data.folders import write_atomically
 from cafe.evaluation import Evaluation, compare
-from cafe.experiment import NAMES, ranked, slug
+from cafe.experiment import NAMES, possible_protocols, ranked, slug
 from cafe.metrics import bootstrap_means, interval
 from cafe.tables import SHOWN
 from cafe.train import dataset_of, load_run, read_run
-from cafe_kernels import DistanceMaskedAttention
 
 PAGE = "index.html"
+PICTURE = re.compile(r"(ranking|sparsity|attention|embeddings|theta|curves)-[0-9]+\.png")
+MADE_BY = b'<meta name="generator" content="cafe report">'
 BY = {"train_frequency": "times the answer is in training", "history_length": "items in the history"}
 PACKAGES = ("cafe-kernels", "torch", "numpy", "triton", "polars", "matplotlib", "scikit-learn")
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -100,11 +103,17 @@ def write_report(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is not a folder: choose another --out")
+    former = (out / PAGE).read_bytes() if (out / PAGE).exists() else MADE_BY
+    if MADE_BY not in former or (out / "config.json").exists():
+        raise FileExistsError(f"{out} holds a page or a run that is no report: choose another --out")
     groups, notes = collect([Path(run) for run in runs], [Path(folder) for folder in data], baseline)
     page = Page(notes=notes)
     for group in groups:
+        possible = possible_protocols(protocols, group.dataset)
+        if len(possible) < len(protocols):
+            notes.append(f"authors is left out of {group.name}: its pairing needs {PAIRED_INTENTS} intents")
         for system in group.systems:
-            for protocol in protocols:
+            for protocol in possible:
                 progress(f"{group.name}: {system.name}, {protocol}")
                 seeds = [ranked(run, system.name, group.dataset, protocol, split) for run in system.runs.values()]
                 group.ranked.setdefault(protocol, {})[system.name] = seeds
@@ -123,6 +132,9 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     contents = page.pictures | {PAGE: page.html().encode("utf-8", "replace")}
     write_atomically({out / name: [content] for name, content in contents.items()})
+    for picture in out.glob("*.png"):
+        if PICTURE.fullmatch(picture.name) and picture.name not in contents:
+            picture.unlink()
     return page.notes
 
 
@@ -137,6 +149,8 @@ def collect(folders: Sequence[Path], data: Sequence[Path], baseline: str | None)
             if not (run / "best.safetensors").exists() and run != folder:
                 notes.append(f"{run} is left out: it has no trained model yet")
                 continue
+            if (run / "last.safetensors").exists() and not read_state(run / "last.safetensors").get("done"):
+                notes.append(f"{run} is not finished: what is shown is its best model so far")
             meta = read_run(run)
             config, fingerprint = Config(**meta["config"]), meta["fingerprint"]
             if fingerprint not in datasets:
@@ -475,13 +489,12 @@ def _theta(page: Page, groups: Sequence[Group]) -> None:
                 continue
             model, config = _model(group, system), system.config
             lengths = np.minimum(np.maximum(group.dataset.train().lengths - 1, 0), config.max_len)
-            for path, part in model.named_modules():
-                if isinstance(part, DistanceMaskedAttention) and part.max_distance:  # "item_encoder.blocks.0.attention"
-                    encoder, _, layer, _ = path.split(".")
-                    which = f"{encoder.replace('_', ' ')}, layer {int(layer) + 1}"
-                    title = f"{plots.shorten(system.name)}, {group.name}\n{which}"
-                    figure = plots.theta_figure(part.theta_curves(), lengths, part.causal, title)
-                    pictures.append((f"theta of {title}", figure))
+            for path, part in plots.learned_masks(model).items():  # "item_encoder.blocks.0.attention"
+                encoder, _, layer, _ = path.split(".")
+                which = f"{encoder.replace('_', ' ')}, layer {int(layer) + 1}"
+                title = f"{plots.shorten(system.name)}, {group.name}\n{which}"
+                figure = plots.theta_figure(part.theta_curves(), lengths, part.causal, title)
+                pictures.append((f"theta of {title}", figure))
     if not pictures:
         return page.left_out("The theta curves", "no run has a distance mask")
     page.figures(

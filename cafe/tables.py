@@ -102,14 +102,14 @@ def experiment_markdown(results: Results, baseline: str, metrics: Sequence[str] 
             "",
             f"{len(first.users):,} users, {first.split}, against {first.against}.",
             "",
-            f"| system | {' | '.join(metrics)} | {metrics[0]} over {baseline} |",
+            f"| system | {' | '.join(metrics)} | {metrics[0]} over {_cells(baseline)} |",
             "|---" * (len(metrics) + 2) + "|",
         ]
         for name, seeds in systems.items():
             for score in seeds[0].scores:
                 cells = [_over_seeds([seed.mean(metric, score) for seed in seeds]) for metric in metrics]
                 gain = "" if name == baseline else _gain(compare(seeds, systems[baseline], metrics[0], score))
-                shown = name if score == seeds[0].headline else f"{name}, item score"
+                shown = _cells(name) + ("" if score == seeds[0].headline else ", item score")
                 lines.append(f"| {shown} | {' | '.join(cells)} | {gain} |")
         for by, title in (
             ("train_frequency", "how often training has the answer"),
@@ -127,9 +127,14 @@ def experiment_markdown(results: Results, baseline: str, metrics: Sequence[str] 
             for name, seeds in systems.items():
                 values = np.mean([seed.values("ndcg@10") for seed in seeds], axis=0)
                 cells = [f"{values[members].mean():.4f}" if members.any() else "-" for members in groups.values()]
-                lines.append(f"| {name} | {' | '.join(cells)} |")
+                lines.append(f"| {_cells(name)} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _cells(name: str) -> str:
+    """A name of any characters in one cell of a Markdown table."""
+    return " ".join(name.split()).replace("|", "\\|")
 
 
 def _over_seeds(values: Sequence[float]) -> str:

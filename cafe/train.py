@@ -41,8 +41,8 @@ from cafe.evaluate import evaluate, joint_name
 from cafe.evaluation import Evaluation
 from cafe.models import Model, build
 from cafe.models.base import RANKINGS, Batch, Weights
-from cafe.plots import plot_curve, plot_theta
-from cafe_kernels import DistanceMaskedAttention, RowSparseAdam
+from cafe.plots import learned_masks, plot_curve, plot_theta
+from cafe_kernels import RowSparseAdam
 from cafe_kernels.host_table import give_back, lend
 
 FORMAT, VERSION = "cafe-run", 4
@@ -228,7 +228,7 @@ def _train(
         model.to("cpu")
     del optimizers  # two moments a weight make room for the calibration
     _calibrate(model, dataset, out)
-    masks = [part for part in model.modules() if isinstance(part, DistanceMaskedAttention) and part.max_distance]
+    masks = list(learned_masks(model).values())
     if masks:
         lengths = np.minimum(batches.train.lengths[batches.rows] - 1, config.max_len)
         plot_theta([mask.theta_curves() for mask in masks], lengths, out / "theta.png", masks[0].causal)

@@ -36,8 +36,8 @@ class SASRec(Model):
         if config.compose_items:
             self.item_intent_embedding = embedding_table(self.num_intents, config)
         if config.shrinkage:
-            counts = torch.from_numpy(dataset.train_counts()).float()
-            self.register_buffer("trust", counts / (counts + config.shrinkage), persistent=False)
+            counts = torch.from_numpy(dataset.train_counts()).double()
+            self.register_buffer("trust", (counts / (counts + config.shrinkage)).float(), persistent=False)
         if config.cosine:
             self.scale = nn.Parameter(torch.tensor(config.cosine))
         self.item_encoder = self.make_encoder()

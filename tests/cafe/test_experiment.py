@@ -1,5 +1,9 @@
 """Experiments: files that are read or refused, runs that are trained once, tables that say what they show."""
 
+import json
+import os
+from dataclasses import replace
+
 import pytest
 
 from cafe import experiment as module
@@ -7,7 +11,10 @@ from cafe.config import Config
 from cafe.evaluation import Evaluation
 from cafe.experiment import read_experiment, run_experiment, slug
 from cafe.models import MODELS
+from cafe.report import write_report
 from cafe.tables import experiment_markdown
+
+from .conftest import shop
 
 FILE = """
 baseline = "Plain one"
@@ -88,7 +95,15 @@ def test_an_experiment_trains_what_is_missing_and_ranks_it(dataset, tmp_path, mo
         ('model = "cafe"', "wings = 2", "systems.CAFE: .*model"),
         ("negatives = 8", "wings = 8", "systems.CAFE: no such option: wings"),
         ("seeds = 2", "seeds = 0", "seeds=0: expected a whole number from 1 on"),
-        ('"full"]', '"half"]', "no protocol 'half'"),
+        ('"full"]', '"half"]', "expected a list of some of aligned, full, authors"),
+        ('["aligned", "full"]', "[]", r"protocols=\[\]: expected a list"),
+        ('["aligned", "full"]', "3", "protocols=3: expected a list"),
+        ('["aligned", "full"]', '"full"', "protocols='full': expected a list"),
+        ('["aligned", "full"]', '[["full"]]', "expected a list"),
+        ("dim = 8", "seed = 8", "expected a model and no seed"),
+        ('baseline = "Plain one"', 'baseline = ["Plain one"]', "is not one of the systems"),
+        ("[common]", "[common]\nx = 1\n[systems.D]", "systems.D: expected a model"),
+        ('baseline = "Plain one"', "common = 3", "TOML|expected a part"),
         ('baseline = "Plain one"', 'baseline = "Other"', "baseline 'Other' is not one of the systems"),
         ("[systems.CAFE]", '[systems."plain ONE"]', "would share a run folder"),
         ("[common]", "[usual]", "unknown usual"),
@@ -116,6 +131,42 @@ def test_a_changed_experiment_does_not_take_the_runs_of_another(dataset, tmp_pat
     (tmp_path / "one.toml").write_text(FILE.replace("negatives = 8", "negatives = 9"))
     with pytest.raises(ValueError, match="started with another configuration"):
         run_experiment(read_experiment(tmp_path / "one.toml"), tmp_path / "data", tmp_path / "runs")
+
+
+def test_a_system_has_the_last_word_and_a_protocol_counts_once(tmp_path):
+    (tmp_path / "one.toml").write_text(FILE.replace('["aligned", "full"]', '["full", "full"]') + "dim = 4\n")
+    experiment = read_experiment(tmp_path / "one.toml")
+    assert [config.dim for config in experiment.systems.values()] == [8, 8, 4]
+    assert experiment.protocols == ["full"]
+
+
+def test_two_experiments_in_one_folder_and_a_ranking_that_is_stale(dataset, tmp_path):
+    (tmp_path / "one.toml").write_text(FILE.replace("seeds = 2", "seeds = 1"))
+    dataset.save(tmp_path / "data")
+    run_experiment(read_experiment(tmp_path / "one.toml"), tmp_path / "data", tmp_path / "runs")
+    kept = tmp_path / "runs" / "cafe-0" / "test-full.npz"
+    before = Evaluation.load(kept)
+    replace(before, seed=7, popularity="train").save(kept)  # of other candidates: ranked again
+    other = FILE.replace("seeds = 2", "seeds = 1").replace("Popular]", '"a|b\\n"]')
+    (tmp_path / "two.toml").write_text(other)
+    results = run_experiment(read_experiment(tmp_path / "two.toml"), tmp_path / "data", tmp_path / "runs")
+    assert results["full"]["CAFE"][0].seed == 0
+    names = json.loads((tmp_path / "runs" / "experiment.json").read_text())["systems"]
+    assert set(names.values()) == {"Popular", "Plain one", "CAFE", "a|b\n"}
+    rows = [line for line in experiment_markdown(results, "Plain one").splitlines() if line.startswith("| a\\|b |")]
+    assert len(rows) == 6  # the ranking and two breakdowns of two protocols
+    os.utime(kept, ns=(0, 0))  # older than the model: ranked again
+    run_experiment(read_experiment(tmp_path / "one.toml"), tmp_path / "data", tmp_path / "runs")
+    assert kept.stat().st_mtime_ns > 0
+
+
+def test_without_three_intents_the_authors_pairing_is_left_out(tmp_path):
+    shop(intents=2).save(tmp_path / "data")
+    (tmp_path / "one.toml").write_text(FILE.replace('["aligned", "full"]', '["authors", "full"]').replace("= 2", "= 1"))
+    results = run_experiment(read_experiment(tmp_path / "one.toml"), tmp_path / "data", tmp_path / "runs")
+    assert list(results) == ["full"]
+    notes = write_report([tmp_path / "runs"], tmp_path / "report")
+    assert any(note.startswith("authors is left out") for note in notes)
 
 
 def test_slugs():

@@ -11,6 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from cafe.batches import Batches
 from cafe.config import Config
+from cafe.data.dataset import Sequences
 from cafe.models import MODELS, blocks, build
 from cafe.train import make_optimizers, train_step
 from cafe_kernels import DistanceMaskedAttention
@@ -167,11 +168,26 @@ def test_every_parameter_learns_and_the_loss_falls(dataset, model, choice):
         ({"epochs": 2.5}, "type int"),
         ({"lr": -1}, "positive"),
         ({"wings": 2}, "no such option: wings"),
+        ({"shrinkage": 1.0}, "compose_items"),
+        ({"shrinkage": float("nan"), "compose_items": True}, "finite"),
+        ({"cosine": -1.0}, "not negative"),
+        ({"cosine": 1e39}, "at most 1e[+]06"),
+        ({"lr": 10**400}, "type float"),
+        ({"model": "ssept", "dim": 8, "user_dim": 7, "heads": 2}, "dim=8 plus user_dim=7"),
     ],
 )
 def test_wrong_configuration(change, message):
     with pytest.raises(ValueError, match=message):
-        Config.make("cafe", **change)
+        Config.make(**{"model": "cafe"} | change)
+
+
+def test_shrinkage_of_nearly_nothing(dataset):
+    """An item that training has not has no own part, however small the shrinkage; others nearly all of theirs."""
+    sequences = Sequences(dataset.sequences.indptr, np.where(dataset.sequences.items == 3, 4, dataset.sequences.items))
+    net = build(
+        Config.make("sasrec", **SMALL, compose_items=True, shrinkage=1e-50), replace(dataset, sequences=sequences)
+    )
+    assert net.trust.tolist() == [float(item != 3) for item in range(dataset.num_items)]
 
 
 def test_sampled_softmax_by_hand(dataset):

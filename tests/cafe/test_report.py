@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cafe import cli, plots
+from cafe.checkpoint import load_checkpoint, save_checkpoint
 from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.evaluation import Evaluation, compare
@@ -176,7 +177,7 @@ def test_folders_of_runs_without_an_experiment(experiments, tmp_path, dataset):
     text = (tmp_path / "out" / PAGE).read_text()
     assert "2 seeds" in text
     assert all(escape(note) in text for note in notes)
-    (tmp_path / "out" / PAGE).write_text("old")
+    (tmp_path / "out" / PAGE).write_text(text.replace("2 seeds", "2 seeds, old"))
     write_report([tmp_path / "runs" / "mine-0"], tmp_path / "out", protocols=["full"], split="valid")
     assert "2 seeds" not in (tmp_path / "out" / PAGE).read_text()
     assert (tmp_path / "runs" / "mine-0" / "valid-full.npz").exists()
@@ -275,6 +276,11 @@ def test_wrong_input_is_told(experiments, tmp_path, monkeypatch, capsys):
     assert "split" in refused("--runs", k1, "--out", out, "--split", "tests")
     (tmp_path / "file").write_text("")
     assert "is not a folder" in refused("--runs", k1, "--out", tmp_path / "file")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / PAGE).write_text("mine")
+    assert "holds a page or a run that is no report" in refused("--runs", k1, "--out", tmp_path / "site")
+    assert "holds a page or a run that is no report" in refused("--runs", k1, "--out", k1 / "poprec-0")
+    assert (tmp_path / "site" / PAGE).read_text() == "mine"
     (tmp_path / "experiment.json").write_text("[")
     assert "experiment.json is damaged" in refused("--runs", tmp_path, "--out", out)
     assert "--runs" in refused("--out", out, code=2)
@@ -290,6 +296,25 @@ def test_command_takes_many_runs(experiments, tmp_path, monkeypatch, capsys):
     assert code == 0
     assert "2 seeds" in (tmp_path / "out" / PAGE).read_text()
     assert '"The attention map is left out: no run has attention"' in captured.out
+    for name in ("theta-1.png", "mine.png"):
+        (tmp_path / "out" / name).write_bytes(b"old")
+    assert call(*arguments, monkeypatch=monkeypatch, capsys=capsys)[0] == 0
+    assert not (tmp_path / "out" / "theta-1.png").exists()  # of a report before this one
+    assert (tmp_path / "out" / "mine.png").exists()
+
+
+def test_an_unfinished_run_is_said_to_be(dataset, tmp_path):
+    options = {"dim": 8, "heads": 2, "max_len": 8, "epochs": 2, "local": "initial"}
+    dataset.save(tmp_path / "data")
+    for model in ("lockerf", "sasrec"):
+        fit(Config.make(model, **options), dataset, tmp_path / model, data=tmp_path / "data")
+    write_report([tmp_path / "lockerf"], tmp_path / "out", protocols=["full"])
+    assert (tmp_path / "out" / "theta-1.png").exists()
+    tensors, state = load_checkpoint(tmp_path / "sasrec" / "last.safetensors")
+    save_checkpoint(tmp_path / "sasrec" / "last.safetensors", tensors, state | {"done": False})
+    with pytest.warns(UserWarning, match="not finished"):
+        notes = write_report([tmp_path / "sasrec"], tmp_path / "out", protocols=["full"])
+    assert any(note.endswith("is not finished: what is shown is its best model so far") for note in notes)
 
 
 def test_another_dataset_is_refused(dataset, other_dataset, tmp_path):
