@@ -32,13 +32,19 @@ def scan_json(file: Path, wanted: Collection[str], options: Options) -> pl.LazyF
 
     polars reads strict JSON and refuses anything else; then each line is parsed by itself.
     """
+    present: dict[str, None] = {}
+    keys: dict[str, str] = {}
+    missing = list(wanted)
     with open_text(file) as lines:
-        rows = [row for row in map(_object, islice(lines, 1000)) if row is not None]
-    if not rows:
+        while missing and (part := list(islice(lines, 1000))):  # a column may begin late
+            present |= dict.fromkeys(key for row in map(_object, part) if row for key in row)
+            if not present:
+                break
+            keys = {name: CATEGORIES if name == CATEGORY and name not in present else name for name in wanted}
+            missing = [name for name, key in keys.items() if key not in present]
+    if not present:
         raise ValueError(f"{file}: cannot be read as JSON lines (none of its first 1,000 lines is an object)")
-    present = dict.fromkeys(key for row in rows for key in row)
-    keys = {name: CATEGORIES if name == CATEGORY and name not in present else name for name in wanted}
-    if missing := [name for name, key in keys.items() if key not in present]:
+    if missing:
         raise ValueError(f"{file}: no column {missing[0]!r}; its columns are {', '.join(present)}")
     schema = {key: JSON_TYPES.get(key, pl.String()) for key in keys.values()}
     columns = [_json_column(key, options).alias(name) for name, key in keys.items()]
@@ -86,7 +92,9 @@ def _value(key: str, value: Any) -> Any:
     path = value if isinstance(value, list) else []
     if path and isinstance(path[0], list):
         path = path[0]
-    path = [str(name) for name in path]
+    path = [
+        name if isinstance(name, str) else json.dumps(name, ensure_ascii=False) for name in path if name is not None
+    ]
     return path if key == CATEGORY else [path]
 
 
@@ -122,8 +130,9 @@ def scan_atomic(file: Path, wanted: Collection[str], options: Options) -> pl.Laz
     if untyped := [column for column in header if ":" not in column]:
         raise ValueError(f"{file}: column {untyped[0]!r} of the header is not of the form name:type")
     sequences = [column for column in header if column.endswith(":token_seq")]
+    filled = pl.element().filter(pl.element() != "")  # separators may be doubled or trail
     return frame.with_columns(
-        _intent(pl.col(column).str.split(options.seq_separator), options) for column in sequences
+        _intent(pl.col(column).str.split(options.seq_separator).list.eval(filled), options) for column in sequences
     ).rename({column: column.rpartition(":")[0] for column in header})
 
 

@@ -360,6 +360,23 @@ def test_nobody_to_evaluate_wrong_shapes_and_too_few_intents_are_refused(dataset
         evaluate(constant(two), two, protocol="authors")
 
 
+@pytest.mark.parametrize("protocol", ["aligned", "full", "authors"])
+def test_a_personal_model_is_told_who_is_who(dataset, protocol):
+    """It knows the answers by the users alone."""
+    holdout = dataset.holdout("test")
+    answers = torch.zeros(dataset.num_users, dtype=torch.long)
+    answers[holdout.users] = torch.from_numpy(holdout.answers).long()
+
+    class Personal(Fake):
+        personal = True
+
+        def score(self, *arguments, users, **options):
+            self.item = lambda _: torch.nn.functional.one_hot(answers[users], dataset.num_items)
+            return super().score(*arguments, **options)
+
+    assert evaluate(Personal(dataset, None), dataset, protocol=protocol, batch_size=32).mean("hr@1") == 1.0
+
+
 def test_a_torch_module_is_scored_in_eval_mode_and_put_back(dataset):
     class Module(torch.nn.Module):
         config = SimpleNamespace(max_len=10, preset="paper")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, pad
 
 from cafe.batches import Batches
 from cafe.config import Config
@@ -225,12 +225,16 @@ def test_the_softmax_over_all_intents_is_the_cross_entropy(dataset):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def attention_by_hand(attention, config, query, source, positions, mask):
-    """Eq. 2-6 of one sequence, one head and one query after the other."""
+def attention_by_hand(attention, config, query, source, positions, mask, side=0.0):
+    """Eq. 2-6 of one sequence, one head and one query after the other; LOCKER's and NOVA's attention likewise."""
+    causal = config.model not in ("bert4rec", "locker", "nova")
     width = config.dim // config.heads
     biases = attention.in_proj_bias.chunk(3) if config.attention_bias else (0.0,) * 3
     q, k, v = (
-        x @ w.T + b for x, w, b in zip((query, source, source), attention.in_proj_weight.chunk(3), biases, strict=True)
+        x @ w.T + b
+        for x, w, b in zip(
+            (query + side, source + side, source), attention.in_proj_weight.chunk(3), biases, strict=True
+        )
     )
     if config.qk_positions:
         q, k = q + positions, k + positions
@@ -239,28 +243,33 @@ def attention_by_hand(attention, config, query, source, positions, mask):
     for head in range(config.heads):
         part = slice(head * width, (head + 1) * width)
         for i in range(len(q)):
-            logits = scale * (k[: i + 1, part] @ q[i, part])
-            if mask:
-                read = (v if config.mask_reads == "values" else k)[: i + 1, part]
-                away = attention.distance[head, i - torch.arange(i + 1)]
-                logits = logits + (read + away) @ attention.distance_weight[head]
-            out[i, part] = logits.softmax(0) @ v[: i + 1, part]
+            read = torch.arange(i + 1 if causal else len(q))
+            logits = scale * (k[read, part] @ q[i, part])
+            away = i - read + (0 if causal else config.max_len - 1)
+            local = mask and head < (config.local_heads if config.model == "locker" else config.heads)
+            if local and mask == "curve":
+                logits = logits + attention.curve[head, away]
+            elif local:
+                reads = (v if config.mask_reads == "values" else k)[read, part]
+                logits = logits + (reads + attention.distance[head, away]) @ attention.distance_weight[head]
+            out[i, part] = logits.softmax(0) @ v[read, part]
     return out @ attention.out_proj.weight.T + (attention.out_proj.bias if config.attention_bias else 0.0)
 
 
-def encoder_by_hand(encoder, config, embedded, mask, dropped=None):
-    """Eq. 1-3 of one sequence; dropped: what dropout multiplies by, (1 + 3 layers, n, d)."""
+def encoder_by_hand(encoder, config, embedded, mask, dropped=None, side=None):
+    """Eq. 1-3 of one sequence; dropped: what dropout multiplies by, (1 + 3 layers, n, d); side: NOVA's."""
     dropped = torch.ones(1 + 3 * config.layers, 1, 1) if dropped is None else dropped
     positions = encoder.position[config.max_len - len(embedded) :]
-    x = (embedded * (config.dim**0.5 if config.scale_embeddings else 1.0) + positions) * dropped[0]
+    x = embedded * (config.dim**0.5 if config.scale_embeddings else 1.0)
+    x, side = ((x + positions) * dropped[0], 0.0) if side is None else (x * dropped[0], side + positions)
     for number, block in enumerate(encoder.blocks):
         attended, inner, outer = dropped[1 + 3 * number : 4 + 3 * number]
         query = block.norm_attention(x)
         if config.block == "query_norm":
-            x = query + attended * attention_by_hand(block.attention, config, query, x, positions, mask)
+            x = query + attended * attention_by_hand(block.attention, config, query, x, positions, mask, side)
             x = normed = block.norm_feed_forward(x)
         else:
-            x = x + attended * attention_by_hand(block.attention, config, query, query, positions, mask)
+            x = x + attended * attention_by_hand(block.attention, config, query, query, positions, mask, side)
             normed = block.norm_feed_forward(x)
         x = x + outer * block.outer(torch.relu(inner * block.inner(normed)))
     return encoder.norm(x)
@@ -315,6 +324,74 @@ def test_forward_by_hand(dataset, field):
     else:
         assert all(block.attention.distance is None for block in net.item_encoder.blocks)
     assert all(block.attention.distance is None for block in net.intent_encoder.blocks)
+
+
+@pytest.mark.parametrize(
+    ("model", "choice"),
+    [
+        ("bert4rec", {}),
+        *(("locker", {"local": local}) for local in ("adapt", "initial", "window")),
+        *(("nova", {"block": block}) for block in ("pre_norm", "query_norm")),
+    ],
+)
+def test_cloze_by_hand(dataset, model, choice):
+    """The hidden item behind each history; LOCKER's first head is local, NOVA's side has the intents and the positions."""
+    config = Config.make(model, **SMALL, **choice, local_width=2)
+    net = shaken(config, dataset)
+    items, cu = torch.randint(dataset.num_items, (10,), generator=torch.Generator().manual_seed(1)), [0, 7, 10]
+    state = net.encode(net.history(items, torch.tensor(cu, dtype=torch.int32)))[0]
+    mask = {"adapt": True, None: False}.get(choice.get("local"), "curve")
+    rows = []
+    for begin, end in pairwise(cu):
+        embedded = torch.cat([net.item_embedding[items[begin:end]], net.hidden_embedding[None]])
+        side = None
+        if model == "nova":
+            side = pad(net.intent_embedding[net.item_intent[items[begin:end]]], (0, 0, 0, 1))
+        values = replace(config, mask_reads="values")
+        rows.append(encoder_by_hand(net.item_encoder, values, embedded, mask, side=side))
+    torch.testing.assert_close(state, torch.cat(rows), rtol=1e-4, atol=1e-4)
+
+
+def test_lockers_curves_as_they_begin(dataset):
+    """ln sigma is a Gaussian's, which learns, or a window's, which does not."""
+    for local, expected in (("initial", [-9 / 8, -4 / 8, -1 / 8, 0.0]), ("window", [-np.inf, 0.0, 0.0, 0.0])):
+        net = build(Config.make("locker", dim=16, max_len=4, local=local, local_width=2), dataset)
+        for block in net.item_encoder.blocks:
+            assert block.attention.curve.tolist() == [[*expected, *expected[-2::-1]]]
+            assert block.attention.curve.requires_grad == (local == "initial")
+
+
+def test_ssept_by_hand(dataset):
+    """Every token reads its user, an unknown one as the mean of all; items are searched by the first `dim` columns."""
+    config = Config.make("ssept", **SMALL, user_dim=4)
+    net = shaken(config, dataset)
+    items, cu = torch.tensor([9, 8, 7, 6, 5, 1, 2, 3]), torch.tensor([0, 5, 8], dtype=torch.int32)
+    mean = net.user_embedding.mean(0)
+    for users, read in ((torch.tensor([3, -1]), (net.user_embedding[3], mean)), (None, (mean, mean))):
+        state = net.encode(net.history(items, cu, users))[0]
+        embedded = torch.cat([net.item_embedding[items], torch.stack(read).repeat_interleave(cu.diff(), 0)], 1)
+        wide = replace(config, dim=20)
+        expected = [encoder_by_hand(net.item_encoder, wide, embedded[a:b], False)[:, :16] for a, b in ((0, 5), (5, 8))]
+        torch.testing.assert_close(state, torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_ssept_trains_on_users_drawn_from_all(dataset):
+    rows = np.arange(0, 60, 2)
+    for share, expected in ((1.0, set(range(dataset.num_users))), (0.0, set(rows))):
+        batches = Batches(Config.make("ssept", **SMALL, sse_user=share), dataset)
+        drawn = [batches(rows, step).users for step in range(50)]
+        assert set(torch.cat(drawn).tolist()) == expected
+
+
+def test_poprec_counts_training_alone(dataset):
+    """Nothing of the last two items of a history, the answers of validation and test."""
+    kept = [row[:-2] if len(row) > 2 else row for row in dataset.sequences]
+    counts = np.bincount(np.concatenate(kept), minlength=dataset.num_items)
+    assert build(Config.make("poprec"), dataset).counts.tolist() == counts.tolist()
+
+
+def test_the_scale_of_the_cosine_begins_as_told(dataset):
+    assert build(Config.make("sasrec", **SMALL, cosine=6.0), dataset).scale == 6.0
 
 
 @pytest.mark.parametrize(("cosine", "shrinkage"), [(6.0, 0.0), (6.0, 1.5), (0.0, 1.5)])

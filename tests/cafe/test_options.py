@@ -2,6 +2,7 @@
 
 import json
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -185,6 +186,16 @@ def test_calibration_keeps_the_weight_that_validates_best(dataset, model, protoc
     assert plain.intent_weight.tolist() == [1.0, 1.0]
 
 
+def test_calibration_goes_by_ndcg(dataset, monkeypatch):
+    """Of a model whose best weight is 0.3 by NDCG@10 and 0.8 by another metric."""
+    best = {"ndcg@10": 0.3, "hr@10": 0.8}
+    names = {joint_name((weight, 0.0)): weight for weight in train.JOINT_WEIGHTS[0]}
+    ranked = SimpleNamespace(mean=lambda metric, score: -abs(names[score] - best[metric]))
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: ranked)
+    found = train._validate(build(Config.make("cafe", **TINY, calibrate=True), dataset), dataset, "aligned")
+    assert found["intent_weight"] == 0.3
+
+
 def test_prior_by_hand(dataset):
     """In the whole catalog the joint score has b log P(v | c), of training's counts plus 0.1; among drawn candidates it has not."""
     net = build(Config.make("cafe", **TINY, calibrate=True, join="log_softmax"), dataset)
@@ -222,6 +233,9 @@ def test_a_fit_validates_when_and_on_whom_it_is_told(dataset, tmp_path, monkeypa
     if not calibrate:
         assert net.intent_weight.tolist() == [1.0, 1.0]
         return
+    asked.clear()
+    train.fit(net.config, dataset, tmp_path / "run", resume=True)
+    assert not asked  # what is finished is not calibrated again
     monkeypatch.undo()
     stored = net.intent_weight.clone()
     assert stored[0].item() == pytest.approx(state["intent_weight"])

@@ -115,6 +115,39 @@ def test_one_list_of_categories_is_one_path(tmp_path):
     assert intents(made) == {"0301": "unknown", "B01": "Beauty > Lips", "B02": "unknown"}
 
 
+def test_odd_parts_of_a_path_are_read_by_line_as_polars_reads_them(tmp_path):
+    """None is left out, and what is no text is written as in JSON."""
+    review = write(tmp_path, "r.json", REVIEWS_2018)
+    meta = {"category": ["A", None, "B", 1, True, 2.5, {"\u00fc": [1, None]}, None]}, {"category": [None]}
+    rows = [row | {"asin": asin} for row, asin in zip(meta, ("B01", "B02"), strict=True)]
+    for write_row in (lambda row: json.dumps(row, ensure_ascii=False), repr):
+        items = write(tmp_path, "m.json", "".join(write_row(row) + "\n" for row in rows))
+        made = prepare(review, items, format="amazon")
+        assert intents(made) == {"B01": 'A > B > 1 > true > 2.5 > {"\u00fc": [1, null]}', "B02": "unknown"}
+
+
+@pytest.mark.parametrize("key", ["category", "categories"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_column_may_begin_late(tmp_path, key, strict):
+    rows = [{"asin": f"x{i}"} for i in range(1100)] + [{"asin": "B01", key: ["A", "B"]}]
+    text = "".join((json.dumps if strict else repr)(row) + "\n" for row in rows)
+    made = prepare(write(tmp_path, "r.json", REVIEWS_2018), write(tmp_path, "m.json", text), format="amazon")
+    assert intents(made) == {"B01": "A > B", "B02": "unknown"}
+
+
+def test_category_counts_where_there_is_also_categories(tmp_path):
+    meta = '{"asin": "B01", "categories": [["A"]], "category": ["B"]}\n{"asin": "B02", "categories": [["A"]]}\n'
+    made = prepare(write(tmp_path, "r.json", REVIEWS_2018), write(tmp_path, "m.json", meta), format="amazon")
+    assert intents(made) == {"B01": "B", "B02": "unknown"}
+
+
+def test_blank_lines_are_no_rows_where_each_line_is_parsed(tmp_path):
+    meta = META_2014.replace("\n", "\n\n")
+    made = prepare(write(tmp_path, "r.json", REVIEWS_2014), write(tmp_path, "m.json", meta), format="amazon")
+    assert made.preparation["read"]["items"] == 3
+    assert made.preparation["dropped"]["incomplete_item_rows"] == 0
+
+
 @pytest.mark.parametrize(
     "line", ['{"reviewerID": "A3", "asin"', "[1, 2]", "__import__('os').abort()", '{"reviewerID": "A3"}']
 )
@@ -258,6 +291,18 @@ def test_recbole(tmp_path, end, newline):
     ]
     for option, a, b in options:
         assert intents(prepare(*files, format="recbole", **option)) == {"a": a, "b": b}
+
+
+def test_recbole_separators_make_no_empty_parts(tmp_path):
+    item = "item_id:token\tcategories:token_seq\na\t A  B \nb\t  \n"
+    made = prepare(write(tmp_path, "d.inter", INTER), write(tmp_path, "d.item", item), format="recbole")
+    assert intents(made) == {"a": "A > B", "b": "unknown"}
+
+
+def test_recbole_names_may_hold_colons(tmp_path):
+    item = "item_id:token\tshop:kind:token\na\tX\nb\tY\n"
+    files = write(tmp_path, "d.inter", INTER), write(tmp_path, "d.item", item)
+    assert intents(prepare(*files, format="recbole", intent_col="shop:kind")) == {"a": "X", "b": "Y"}
 
 
 def test_recbole_rows_with_another_number_of_fields(tmp_path):

@@ -9,7 +9,7 @@ from cafe.batches import Batches
 from cafe.config import Config
 from cafe.data.dataset import Dataset, Sequences
 from cafe.evaluate import evaluate
-from cafe.models import MODELS, build
+from cafe.models import build
 from cafe.models.bert4rec import BERT4Rec
 from cafe.recommend import Recommender
 from cafe.train import make_optimizers, train_step
@@ -169,18 +169,3 @@ def test_nova_attends_by_intent():
         scores = net.score(candidates.flatten(), torch.arange(0, 801, 4, dtype=torch.int32), candidates).item
         right[model] = float((cases[np.arange(200), scores.argmax(1)] == cases[:, 4]).mean())
     assert right["nova"] > 0.7 > 0.45 > right["bert4rec"], right
-
-
-def test_every_system_is_tested():
-    assert list(MODELS) == [
-        "poprec",
-        "sasrec",
-        "bert4rec",
-        "ssept",
-        "locker",
-        "nova",
-        "fdsa",
-        "bertf",
-        "lockerf",
-        "cafe",
-    ]
