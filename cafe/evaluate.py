@@ -208,7 +208,10 @@ def _count_batch(
     scores = {"item": item}
     if intent is not None:
         intent = intent.float()
-        scores["joint"] = item + intent if protocol == "authors" else model.join(item, intent, protocol=protocol)
+        added = (
+            protocol == "authors" and getattr(model.config, "join", None) != "item"
+        )  # the released code's joint score
+        scores["joint"] = item + intent if added else model.join(item, intent, protocol=protocol)
         scores |= {joint_name(weights): model.join(item, intent, weights, protocol) for weights in tried}
     where = [torch.from_numpy(index).to(device) for index in (columns, skip_rows, skip_columns)]
     return {score: count_above(values, *where) for score, values in scores.items()}

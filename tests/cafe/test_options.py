@@ -196,6 +196,17 @@ def test_calibration_goes_by_ndcg(dataset, monkeypatch):
     assert found["intent_weight"] == 0.3
 
 
+@pytest.mark.filterwarnings("ignore:authors is an artefact")
+@pytest.mark.parametrize("join", ["item", "log_sigmoid"])
+def test_without_joint_inference_nothing_is_added_to_the_item_score(dataset, model, join):
+    net = build(Config.make("cafe", **TINY, join=join), dataset)
+    net.load_state_dict(model.state_dict())
+    for protocol in ("aligned", "full", "authors"):
+        found = evaluate(net, dataset, protocol=protocol)
+        same = np.array_equal(found.greater["joint"], found.greater["item"])
+        assert same == (join == "item"), protocol
+
+
 def test_prior_by_hand(dataset):
     """In the whole catalog the joint score has b log P(v | c), of training's counts plus 0.1; among drawn candidates it has not."""
     net = build(Config.make("cafe", **TINY, calibrate=True, join="log_softmax"), dataset)
