@@ -83,10 +83,12 @@ def _gradients(h: Tensor, negatives: Tensor, sequence: Tensor | None, wanted: bo
     if not wanted:
         return h.new_empty(0), h.new_empty(0), h.new_empty(0)
     per_token = negatives.dim() == 2 and sequence is None
+    rows = h.new_empty(parts_of(h, negatives, sequence) * negatives.shape[-1], _width(h))
+    rows[:, h.shape[1] :] = 0  # no backend writes these columns, and an output holds no memory of others
     return (
         torch.empty_like(h, memory_format=torch.contiguous_format),
         h.new_empty(tokens * (1 + negatives.shape[1]) if per_token else tokens),
-        h.new_empty(parts_of(h, negatives, sequence) * negatives.shape[-1], _width(h)),
+        rows,
     )
 
 
