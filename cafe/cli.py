@@ -1,4 +1,4 @@
-"""The `cafe` command: prepare, simulate, train, evaluate, compare, report, recommend.
+"""The `cafe` command: prepare, simulate, train, evaluate, compare, report, recommend, doctor.
 
 Results go to standard output (with --json: one JSON object and nothing else), progress and warnings to standard error.
 A mistake in the input is one line and exit code 1; a mistake in the options exits with 2; Ctrl-C with 130.
@@ -592,6 +592,20 @@ class _Rate:
         self.started = self.started or monotonic()
         self.tokens += tokens
         return self.tokens / max(monotonic() - self.started, 1e-9)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what works here and what does not: versions, the extension, GPUs, and a test of every op. Exits with 1 if something is broken.
+
+    Example: cafe doctor --json
+    """
+    from cafe.doctor import examine, text
+
+    found = examine()
+    emit(found) if as_json else print(text(found))
+    if found["problems"]:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

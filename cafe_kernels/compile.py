@@ -1,20 +1,21 @@
 """Compiles every Triton kernel of the library for GPUs that need not be there, and reports what each one would use.
 
     python -m cafe_kernels.compile [--target sm_90 ...] [--json | --markdown]
+    python -m cafe_kernels.compile --target sm_90 --out FOLDER     # keeps them, so that a GPU need not compile (cafe_kernels.stored)
 
 A module of kernels lists its configurations in `compile_cases()`, dicts of
     name, kernel (JITFunction), signature (argument -> type), constexprs, num_warps, num_stages, dtype (fp32, fp16, bf16)
 and, where they differ from the default,
-    divisible: the arguments that are multiples of 16; by default all pointers, since PyTorch aligns what it allocates,
-    options: more of Triton's compile options,
+    options: more of Triton's compile options, of which each vendor's compiler takes its own,
     matrix: whether tensor-core instructions are expected; by default for fp16 and bf16,
     workloads: small inputs to count bytes and FLOPs on, dicts of
         name, run (launches the kernel in this configuration under Triton's interpreter),
         floor: the bytes that no implementation of what the kernel computes can avoid; None for none,
         bound: which count of Traffic is held to BYTES_BOUND floors: "issued" (the default), or "distinct" where the kernel must
             read again.
-The integers of a signature are taken as of no known divisor; what a launch might specialise beyond that is not assumed. LEGEND says
-how each column is obtained.
+A case is compiled by Triton's own launcher, short of the launch, so it is what a launch with such arguments asks for: pointers are
+multiples of 16, since PyTorch aligns what it allocates, and numbers are nothing special (cafe_kernels.launched). LEGEND says how each
+column is obtained.
 """
 
 import argparse
@@ -33,8 +34,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from cafe_kernels.stored import keep
 from cafe_kernels.traffic import Traffic, count_traffic
 
 MODULES = [  # every module of the library with compile_cases(), which a test checks
@@ -157,9 +160,12 @@ def violations(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def report(targets: Iterable[str] = TARGETS, modules: Iterable[str] = MODULES, match: str = "") -> list[Row]:
+def report(
+    targets: Iterable[str] = TARGETS, modules: Iterable[str] = MODULES, match: str = "", out: Path | None = None
+) -> list[Row]:
     """Compiles the modules' cases for the targets, in one process for each CPU, and counts their traffic. match: a regular expression
-    that is to be found in the names of the cases; by default in all."""
+    that is to be found in the names of the cases; by default in all. out: a folder to keep what was compiled in (cafe_kernels.stored);
+    nothing is counted then."""
     targets, modules = list(targets), list(modules)
     if not modules:
         raise ValueError("no module lists Triton kernels to compile")
@@ -174,9 +180,9 @@ def report(targets: Iterable[str] = TARGETS, modules: Iterable[str] = MODULES, m
         ]
         if not cases:
             raise ValueError(f"no case's name matches {match}")
-        counted = list(pool.map(_count, cases))
+        counted = [()] * len(cases) if out else list(pool.map(_count, cases))
     with _processes(interpret=False) as pool:
-        rows = list(pool.map(_compile, [(*case, target) for case in cases for target in targets]))
+        rows = list(pool.map(_compile, [(*case, target, out) for case in cases for target in targets]))
     return [replace(row, counted=counted[i // len(targets)]) for i, row in enumerate(rows)]
 
 
@@ -222,8 +228,8 @@ def _count(which: tuple[str, str]) -> tuple[Counted, ...]:
     return tuple(found)
 
 
-def _compile(which: tuple[str, str, str]) -> Row:
-    module, name, target = which
+def _compile(which: tuple[str, str, str, Path | None]) -> Row:
+    module, name, target, out = which
     case = _cases(module)[name]
     matrix = case.get("matrix", case["dtype"] in ("fp16", "bf16"))
     resources, error = None, None
@@ -233,6 +239,8 @@ def _compile(which: tuple[str, str, str]) -> Row:
         error = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[-1]}"
     else:
         resources = read_resources(compiled, target)
+        if out:
+            keep(compiled, out)
     return Row(
         name,
         f"{case['kernel'].fn.__module__}.{case['kernel'].fn.__name__}",
@@ -245,21 +253,49 @@ def _compile(which: tuple[str, str, str]) -> Row:
 
 
 def compile_case(case: dict[str, Any], target: str) -> Any:
-    """Triton's CompiledKernel, from its cache where it is there."""
-    import triton
+    """Triton's CompiledKernel, as a launch with such arguments asks for it; from Triton's cache where it is there."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import make_backend
 
-    t, names = TARGETS[target], case["kernel"].arg_names
-    if missing := [n for n in names if n not in case["signature"] and n not in case["constexprs"]]:
+    kernel, constexprs, t = case["kernel"], case["constexprs"], TARGETS[target]
+    if missing := [n for n in kernel.arg_names if n not in case["signature"] and n not in constexprs]:
         raise ValueError(f"no type for the arguments {', '.join(missing)}")
-    signature = {n: "constexpr" if n in case["constexprs"] else case["signature"][n] for n in names}
-    divisible = case.get("divisible", [n for n in names if signature[n].startswith("*")])
-    below_2gb = [["tt.pointer_range", 32]] if t.backend == "hip" else []  # as the launcher says of tensors that are
-    attrs = {(names.index(n),): [["tt.divisibility", 16], *below_2gb] for n in divisible}
-    options = {"num_warps": case["num_warps"], "num_stages": case["num_stages"], **case.get("options", {})}
-    source = ASTSource(case["kernel"], signature, case["constexprs"], attrs)
-    return triton.compile(source, target=GPUTarget(t.backend, t.arch, t.warp_size), options=options)
+    known = make_backend(GPUTarget(t.backend, t.arch, t.warp_size)).parse_options({}).__dict__
+    options = {name: value for name, value in case.get("options", {}).items() if name in known}
+    options |= {name: case[name] for name in ("num_warps", "num_stages")}
+    arguments = [constexprs[n] if n in constexprs else _argument(case["signature"][n]) for n in kernel.arg_names]
+    with offline(target):
+        return kernel.warmup(*arguments, grid=(1,), **options)
+
+
+@contextmanager
+def offline(target: str) -> Iterator[None]:
+    """Within it, Triton takes the target for the GPU of this machine, as far as compiling goes: `kernel.warmup` compiles for it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    t = TARGETS[target]
+    gpu = SimpleNamespace(
+        get_current_target=lambda: GPUTarget(t.backend, t.arch, t.warp_size),
+        get_current_device=lambda: target,  # Triton keeps what it compiled by device
+        get_current_stream=lambda device: 0,
+    )
+    before = driver._active
+    driver.set_active(gpu)
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+def _argument(kind: str) -> Any:
+    """Something of this type: a tensor's type for a pointer, aligned as PyTorch's tensors are; a number that is nothing special."""
+    import torch
+
+    if kind.startswith("*"):
+        number = {"i": "int", "u": "uint", "fp": "float", "bf": "bfloat"}[kind[1:].rstrip("0123456789")]
+        return getattr(torch, number + kind.lstrip("*iufpb"))
+    return 0.5 if kind.startswith("fp") else 2**40 + 3 if kind == "i64" else 3
 
 
 def read_resources(compiled: Any, target: str) -> Resources:
@@ -395,21 +431,29 @@ def main(arguments: list[str] | None = None) -> int:
         "--module", action="append", help="a module with compile_cases(); may be repeated; default: all"
     )
     parser.add_argument("--match", default="", help="a regular expression for the names of the cases; default: all")
+    parser.add_argument(
+        "--out", type=Path, help="keep the compiled kernels in this folder, and report no more than faults"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print rows, violations and versions as JSON")
     form.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     given = parser.parse_args(arguments)
     try:
         used = versions(given.target or TARGETS)
-        rows = report(given.target or TARGETS, given.module or MODULES, given.match)
-    except (ImportError, AttributeError, RuntimeError, ValueError, re.error) as error:
+        rows = report(given.target or TARGETS, given.module or MODULES, given.match, given.out)
+    except (ImportError, AttributeError, RuntimeError, ValueError, OSError, re.error) as error:
         print(f"cannot compile the kernels: {error}", file=sys.stderr)
         return 2
     broken = violations(rows)
     if given.json:
         print(json.dumps({"versions": used, "violations": broken, "rows": [_record(row) for row in rows]}, indent=1))
         return bool(broken)
-    print(table(rows, given.markdown), LEGEND, ", ".join(f"{k} {v}" for k, v in used.items()), sep="\n\n")
+    if given.out:
+        print(
+            f"{sum(row.resources is not None for row in rows)} kernels for {', '.join(given.target or TARGETS)} in {given.out}"
+        )
+    else:
+        print(table(rows, given.markdown), LEGEND, ", ".join(f"{k} {v}" for k, v in used.items()), sep="\n\n")
     if broken:
         print("\nViolations:", *broken, sep="\n", file=sys.stderr)
     return bool(broken)

@@ -15,12 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from cafe_kernels.backends import ONE_VENDOR, vendor_options
+from cafe_kernels.launched import launched
 
 if "disable_licm" not in inspect.signature(tl.range).parameters:
     raise ImportError(f"triton {triton.__version__} is too old: it has no tl.range(..., disable_licm)")
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 REDUCED = 16  # distances that one program of the last reduction sums
+LAUNCH = {"num_warps": 4, "num_stages": 1}  # of the kernels that are not tuned
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # For compile_cases: head width, type, log_theta, dropout, causal. float16, whose code is bfloat16's or shorter, in one width only.
@@ -31,16 +33,19 @@ VARIANTS = [
         for extras in (False, True)
     ),
     *((64, "fp16", extras, extras, True) for extras in (False, True)),
-    *((width, "bf16", mask, not mask, True) for width in (64, 256) for mask in (False, True)),
+    *(
+        (*shape, mask, not mask, True)
+        for shape in ((64, "fp32"), (64, "bf16"), (128, "fp32"), (128, "bf16"), (256, "bf16"))
+        for mask in (False, True)
+    ),
     *((*shape, True, True, False) for shape in itertools.product((16, 32, 64), ("fp32", "bf16"))),
     *((64, dtype, False, False, False) for dtype in ("fp32", "bf16")),
 ]
-UNSPECIALIZED = [
-    "total", "share", "window", "threshold", "seed", "offset", "sequences", "blocks", "programs", "width", "shift",
-]  # fmt: skip
-ARGUMENTS = {
+NUMBERS = {
     "i32": "total share heads distances window sequences programs width blocks shift",
     "i64": "threshold seed offset",
+}
+ARGUMENTS = NUMBERS | {
     "fp32": "scale keep_scale",
     "*i32": "cu_seqlens starts",
     "*fp32": "log_theta lse delta partial dlog_theta",
@@ -155,7 +160,7 @@ def zero_dropped(x, weights):
     return (x.to(tl.int32, bitcast=True) & (dropped ^ -1)).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@launched(**NUMBERS)
 def reduce_kernel(partial, dlog_theta, programs, heads, width, shift, distances, REDUCED: tl.constexpr):
     """dlog_theta (heads, distances) = the sum of partial (programs, heads, width) over programs, always in the same order. Column t
     of dlog_theta is column t + shift of partial."""
@@ -175,7 +180,7 @@ def reduce(partial: Tensor, dlog_theta: Tensor, causal: bool) -> Tensor:
     (programs, heads, width), distances = partial.shape, dlog_theta.shape[1]
     shift = 0 if causal else width // 2 - distances // 2
     grid = triton.cdiv(distances, REDUCED), heads
-    reduce_kernel[grid](partial, dlog_theta, programs, heads, width, shift, distances, REDUCED=REDUCED)
+    reduce_kernel[grid](partial, dlog_theta, programs, heads, width, shift, distances, REDUCED=REDUCED, **LAUNCH)
     return dlog_theta
 
 
@@ -193,4 +198,4 @@ def case(name: str, kernel: Any, constants: dict[str, Any], dtype: str = "fp32")
     signature = {x: "constexpr" if x in fixed else types.get(x, f"*{dtype}") for x in kernel.arg_names}
     made = {"name": name, "kernel": kernel, "signature": signature, "constexprs": fixed, "dtype": dtype}
     made["options"] = vendor_options(constants)
-    return made | {key: constants.get(key, default) for key, default in (("num_warps", 4), ("num_stages", 1))}
+    return made | {key: constants.get(key, default) for key, default in LAUNCH.items()}

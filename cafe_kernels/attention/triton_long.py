@@ -20,9 +20,9 @@ from torch import Tensor
 
 from cafe_kernels.attention.triton_common import (
     LOG2_E,
+    NUMBERS,
     REDUCED,
     TYPES,
-    UNSPECIALIZED,
     VARIANTS,
     case,
     dot,
@@ -39,6 +39,7 @@ from cafe_kernels.attention.triton_common import (
 )
 from cafe_kernels.attention.workloads import LONG, workloads
 from cafe_kernels.backends import launchable
+from cafe_kernels.launched import launched
 
 PROGRAMS = 512  # at most so many share the blocks of queries of all heads in the backward pass
 
@@ -95,7 +96,7 @@ def _mark_dropped(p, token, i, j, head, seed, offset, threshold, BLOCK: tl.const
     return mark_dropped(p, bits, BLOCK)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@launched(**NUMBERS)
 def long_forward(
     q, k, v, log_theta, cu_seqlens, out, lse,
     total, sequences, blocks, heads, distances, scale, window, threshold, keep_scale, seed, offset,
@@ -163,7 +164,7 @@ def _own(partial, program, heads, head, width, distance, BLOCK: tl.constexpr, CA
     return partial + (program.to(tl.int64) * heads + head) * width + (first + BLOCK - 1 - tl.arange(0, BLOCK))
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@launched(**NUMBERS)
 def long_backward_queries(
     grad_out, q, k, v, log_theta, cu_seqlens, out, lse, dq, delta, partial,
     total, sequences, blocks, heads, distances, width, scale, window, threshold, keep_scale, seed, offset,
@@ -219,7 +220,7 @@ def long_backward_queries(
             tl.debug_barrier()  # before another thread reads what this one wrote to `partial`
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@launched(**NUMBERS)
 def long_backward_keys(
     grad_out, q, k, v, log_theta, cu_seqlens, lse, delta, dk, dv,
     total, sequences, blocks, heads, distances, scale, window, threshold, keep_scale, seed, offset,

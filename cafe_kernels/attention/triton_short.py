@@ -24,9 +24,10 @@ import triton.language as tl
 from torch import Tensor
 
 from cafe_kernels.attention.triton_common import (
+    LAUNCH,
     LOG2_E,
+    NUMBERS,
     TYPES,
-    UNSPECIALIZED,
     VARIANTS,
     between_columns,
     case,
@@ -44,6 +45,7 @@ from cafe_kernels.attention.triton_common import (
 )
 from cafe_kernels.attention.workloads import SHORT, workloads
 from cafe_kernels.backends import launchable
+from cafe_kernels.launched import launched
 
 BLOCK = 64  # tokens of a block, and the longest sequence
 PROGRAMS = 1024  # at most so many work on all heads together: a few times what runs at once on a large GPU
@@ -64,7 +66,7 @@ def config(head_dim: int, itemsize: int, backward: bool, causal: bool = True) ->
     return common | {"CHUNK": min(columns, 64), "num_warps": 8 if wide else 4}
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@launched(**NUMBERS)
 def sequence_starts(
     cu_seqlens, starts, sequences, total, ROWS: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr
 ):  # fmt: skip
@@ -128,7 +130,7 @@ def _weights(logits, bias, own, scale):
     return p, largest, tl.sum(p, 1)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@launched(**NUMBERS)
 def short_forward(
     q, k, v, log_theta, starts, out, lse,
     total, share, heads, distances, scale, window, threshold, keep_scale, seed, offset,
@@ -163,7 +165,7 @@ def short_forward(
         begin = end
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@launched(**NUMBERS)
 def short_backward(
     grad_out, q, k, v, log_theta, starts, dq, dk, dv, partial,
     total, share, heads, distances, scale, window, threshold, keep_scale, seed, offset,
@@ -235,7 +237,7 @@ def short_backward(
 def _starts(cu_seqlens: Tensor, total: int, causal: bool) -> Tensor:
     starts = torch.empty(total if causal else 2 * total, dtype=torch.int32, device=cu_seqlens.device)
     sequences, constants = len(cu_seqlens) - 1, {"ROWS": 16, "BLOCK": BLOCK, "CAUSAL": causal}
-    sequence_starts[(triton.cdiv(sequences, 16),)](cu_seqlens, starts, sequences, total, **constants)
+    sequence_starts[(triton.cdiv(sequences, 16),)](cu_seqlens, starts, sequences, total, **constants, **LAUNCH)
     return starts
 
 

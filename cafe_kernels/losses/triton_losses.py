@@ -10,6 +10,7 @@ Ids are not checked and nothing waits for the device. So a sparse gradient has a
 id's first, zeros at its others, since to know how many ids differ would be to wait.
 """
 
+import itertools
 import os
 from typing import Any
 
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cafe_kernels.backends import launchable, vendor_options
+from cafe_kernels.launched import launched
 from cafe_kernels.losses.ops import parts_of
 
 BLOCK_K, BLOCK_T, CHUNK = 16, 16, 16
@@ -27,6 +29,7 @@ PRECISION = tl.constexpr(
     "ieee" if os.environ.get("TRITON_INTERPRET") == "1" else "bf16x6"
 )  # the interpreter has float32's own product
 LAUNCH = {"num_warps": 4, "num_stages": 1}
+NUMBERS = {"i32": "tokens count stride", "i64": "entries factors"}
 # For the kernels with products, whose registers are the limit; maxnreg and matrix_instr_nonkdim as in attention/triton_short.py.
 PRODUCTS = LAUNCH | {"num_warps": 8, "maxnreg": 255, "matrix_instr_nonkdim": 16}
 
@@ -67,7 +70,7 @@ def _sigmoid(x):  # type: ignore[no-untyped-def]
     return tl.where(x > 0, 1.0, e) / (1.0 + e)
 
 
-@triton.jit
+@launched(**NUMBERS)
 def token_kernel(  # type: ignore[no-untyped-def]
     h, table, intents, item_intent, positives, negatives, ignore, positive_log_q, negative_log_q, weights,
     losses, dh, coefficients, tokens, count, positive_weight, negative_weight,
@@ -165,7 +168,7 @@ def _shared_logits(  # type: ignore[no-untyped-def]
     return tl.where(penalty > 0, float("-inf"), logits)
 
 
-@triton.jit
+@launched(**NUMBERS)
 def shared_kernel(  # type: ignore[no-untyped-def]
     h, table, intents, item_intent, positives, negatives, sequence, ignore, positive_log_q, negative_log_q, weights, starts,
     losses, dh, coefficients, lse, count, positive_weight, negative_weight,
@@ -236,7 +239,7 @@ def shared_kernel(  # type: ignore[no-untyped-def]
             tl.store(coefficients + t, slope, mask=live)
 
 
-@triton.jit
+@launched(**NUMBERS)
 def columns_kernel(  # type: ignore[no-untyped-def]
     h, table, intents, item_intent, positives, negatives, sequence, ignore, negative_log_q, weights, starts, lse,
     negative_rows, count, stride, negative_weight,
@@ -275,9 +278,9 @@ def columns_kernel(  # type: ignore[no-untyped-def]
     tl.store(out, gradient, mask=there[:, None] & (columns < DIM)[None, :])
 
 
-@triton.jit
+@launched(**NUMBERS)
 def segments_kernel(  # type: ignore[no-untyped-def]
-    order, starts, targets, h, coefficients, rows, scale, out, entries, factors, tokens, negatives, stride,
+    order, starts, targets, h, coefficients, rows, scale, out, entries, factors, tokens, count, stride,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Segments that are not there start at `entries`."""
@@ -292,7 +295,7 @@ def segments_kernel(  # type: ignore[no-untyped-def]
             if e < factors:
                 t = e
                 if e >= tokens:
-                    t = (e - tokens) // negatives
+                    t = (e - tokens) // count
                 total += tl.load(coefficients + e) * tl.load(h + t * DIM + columns, mask=inside, other=0.0)
             else:
                 total += tl.load(rows + (e - factors) * stride + columns, mask=inside, other=0.0)
@@ -410,9 +413,9 @@ def _sum(
     """Row targets[s] of `out` is the sum of segment s."""
     segments = len(starts) - 1
     if segments:
-        negatives = max(1, (len(coefficients) - len(h)) // max(1, len(h)))
+        count = max(1, (len(coefficients) - len(h)) // max(1, len(h)))
         segments_kernel[(segments,)](
-            order, starts, targets, h, coefficients, rows, scale, out, len(order), len(coefficients), len(h), negatives,
+            order, starts, targets, h, coefficients, rows, scale, out, len(order), len(coefficients), len(h), count,
             rows.shape[1], DIM=out.shape[1], BLOCK_D=_block(out.shape[1]), **LAUNCH,
         )  # fmt: skip
     return out
@@ -423,39 +426,37 @@ def _block(dim: int) -> int:
 
 
 def compile_cases() -> list[dict[str, Any]]:
-    """What is compiled for a training step at d = 128, for the offline report of resources."""
-    ids, real, whole, single = "*i64", "*fp32", "i32", "fp32"
+    """What training launches at d = 64 and 128: Eq. 9; the sampled softmax of items, where shared negatives are corrected by log-Q and
+    hidden from the sequences that hold them, and that of all intents; tables that are composed, or bfloat16."""
+    ids, real, wide = "*i64", "*fp32", "i64"
     types = {
-        "h": real, "intents": None, "item_intent": ids, "positives": ids, "negatives": ids, "sequence": ids, "ignore": "*u8",
-        "positive_log_q": real, "negative_log_q": real, "weights": real, "starts": ids, "losses": real, "dh": real,
-        "coefficients": real, "lse": real, "negative_rows": real, "rows": real, "order": ids, "targets": ids, "scale": real,
-        "out": real, "positive_weight": single, "negative_weight": single,
+        "item_intent": ids, "positives": ids, "negatives": ids, "sequence": ids, "ignore": "*u8", "starts": ids, "order": ids,
+        "targets": ids, "tokens": "i32", "count": "i32", "stride": "i32", "entries": wide, "factors": wide,
+        "positive_weight": "fp32", "negative_weight": "fp32",
     }  # fmt: skip
+    eq9, items, intents = "bce", "softmax of items", "softmax of intents"
+    asked = [(kernel, kind) for kind in (items, intents) for kernel in (shared_kernel, columns_kernel)]
+    asked += [(token_kernel, eq9), (token_kernel, items), (segments_kernel, "sums")]
     cases = []
-    for dtype, softmax in (("fp32", True), ("bf16", True), ("fp32", False)):
-        flags: dict[str, Any] = {
-            "SOFTMAX": softmax,
-            "COMPOSED": True,
-            "IGNORE": True,
-            "SEQUENCE": True,
-            "LOG_Q": softmax,
-        }
-        flags |= {"WEIGHTS": False, "GRADIENTS": True, "GROUPS": False}
-        flags |= {"BLOCK_K": BLOCK_K, "BLOCK_T": BLOCK_T, "DIM": 128, "BLOCK_D": 128, "CHUNK": CHUNK}
-        for kernel in (token_kernel, shared_kernel, columns_kernel, segments_kernel):
-            if kernel is segments_kernel and (dtype, softmax) != ("fp32", True):
-                continue
-            names = kernel.arg_names
-            absent = {"weights": None} | ({} if softmax else {"positive_log_q": None, "negative_log_q": None})
-            of_table = {"table": f"*{dtype}", "intents": f"*{dtype}"}
-            if kernel is segments_kernel:
-                of_table["negatives"] = whole
-            constexprs = {n: v for n, v in (flags | absent).items() if n in names}
-            signature = {n: "constexpr" if n in constexprs else (types | of_table).get(n, whole) for n in names}
-            launch = PRODUCTS if "BLOCK_T" in names else LAUNCH
-            cases.append({
-                "name": f"{kernel.__name__}, {'softmax' if softmax else 'bce'}, d=128, {dtype} table", "kernel": kernel,
-                "signature": signature, "constexprs": constexprs, **LAUNCH, "dtype": "fp32",
-                "num_warps": launch["num_warps"], "options": vendor_options(launch),
-            })  # fmt: skip
+    for dim, dtype, composed, (kernel, kind) in itertools.product((64, 128), ("fp32", "bf16"), (False, True), asked):
+        plain = dtype == "fp32" and not composed
+        if (not plain and kind in (intents, "sums")) or (dtype == "bf16" and (dim, composed) != (128, True)):
+            continue
+        absent = ["intents", "item_intent"] * (not composed) + ["positive_log_q", "negative_log_q", "ignore"] * (
+            kind != items
+        )
+        absent += ["sequence"] * (kind != items)
+        fixed: dict[str, Any] = {
+            **dict.fromkeys(absent), "SOFTMAX": kind != eq9, "COMPOSED": composed, "IGNORE": kind == items,
+            "SEQUENCE": kind == items, "LOG_Q": kind == items, "WEIGHTS": True, "GRADIENTS": True, "GROUPS": False,
+            "BLOCK_K": BLOCK_K, "BLOCK_T": BLOCK_T, "DIM": dim, "BLOCK_D": dim, "CHUNK": CHUNK,
+        }  # fmt: skip
+        fixed = {n: value for n, value in fixed.items() if n in kernel.arg_names}
+        tables = dict.fromkeys(("table", "intents"), f"*{dtype}")
+        launch = PRODUCTS if "BLOCK_T" in kernel.arg_names else LAUNCH
+        cases.append({
+            "name": f"{kernel.__name__}, {kind}, d={dim}, {dtype} table" + ", composed" * composed, "kernel": kernel,
+            "signature": {n: "constexpr" if n in fixed else (types | tables).get(n, real) for n in kernel.arg_names},
+            "constexprs": fixed, **LAUNCH, "num_warps": launch["num_warps"], "options": vendor_options(launch), "dtype": "fp32",
+        })  # fmt: skip
     return cases

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cafe_kernels.launched import launched
 from cafe_kernels.optim import history as past
 
 
@@ -68,7 +69,7 @@ def _skipped(p, m, v, s, now, first, history, log_beta1, log_beta2, eps, NEGLIGI
     return p, at
 
 
-@triton.jit
+@launched(i32="n first step", i64="seed")
 def adam_rows(
     table, exp_avg, exp_avg_sq, last_step, history, rows, order, values, n, first, step,
     beta1, beta2, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, decay, size, step_eps, seed,
@@ -144,7 +145,7 @@ def update(
     seed: int | None,
 ) -> None:
     """See reference.update."""
-    exact = history is not None
+    exact, stochastic = history is not None, seed is not None and torch.bfloat16 in (table.dtype, exp_avg.dtype)
     if rows is None:
         rows = order = torch.arange(len(table), device=table.device)
     else:
@@ -158,7 +159,7 @@ def update(
         table.detach(), exp_avg, exp_avg_sq, last_step, history, rows, order, values, len(rows), first, step,
         beta1, beta2, 1 - beta1, 1 - beta2, math.log(beta1) if beta1 else -1e30, math.log(beta2) if exact else 0.0, eps,
         1 - lr * weight_decay, lr * root / (1 - beta1**step), root * eps if exact else eps, seed or 0,
-        dim=dim, BLOCK=block, GRADIENT=values is not None, EXACT=exact, STOCHASTIC=seed is not None,
+        dim=dim, BLOCK=block, GRADIENT=values is not None, EXACT=exact, STOCHASTIC=stochastic,
         NEGLIGIBLE=past.NEGLIGIBLE, num_warps=min(4, max(1, block // 128)), num_stages=1,
     )  # fmt: skip
 
@@ -181,7 +182,8 @@ def compile_cases() -> list[dict[str, Any]]:
                     "seed": "i64",
                 }  # fmt: skip
                 constexprs = {"dim": dim, "BLOCK": dim, "GRADIENT": gradient, "EXACT": exact, "STOCHASTIC": dtype == "bf16",
-                              "NEGLIGIBLE": past.NEGLIGIBLE}  # fmt: skip
+                              "NEGLIGIBLE": past.NEGLIGIBLE, **dict.fromkeys([] if gradient else ["values"]),
+                              **dict.fromkeys([] if exact else ["last_step", "history"])}  # fmt: skip
                 cases.append(
                     {
                         "name": f"adam_rows {name} {dtype}, moments {moments}, dim {dim}",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cafe_kernels.attention.triton_common import philox
 from cafe_kernels.backends import launchable, vendor_options
+from cafe_kernels.launched import launched
 
 ATTEMPTS = tl.constexpr(256)  # csrc/sampler.cpp: kAttempts
 STREAM = tl.constexpr(0)  # csrc/philox.h: kSamplerStream
@@ -27,7 +28,7 @@ CHUNK = 32  # drawn items of a row that are looked at together
 # maxnreg: ptxas otherwise spills a few registers to get down to 32 of them
 FLAT = {"BLOCK": 128, "CHUNK": CHUNK, "num_warps": 4, "num_stages": 1, "maxnreg": 128}
 ROW = {"BLOCK": 32, "CHUNK": CHUNK, "num_warps": 1, "num_stages": 1}
-UNSPECIALIZED = ["items", "total", "k", "seed", "offset"]
+NUMBERS = {"i32": "k", "i64": "items total seed offset"}
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def _scan(p, items, indices, begin, end, drawn, count, targets, CHUNK: tl.conste
     return total, last, tl.where(found < 0, last, found)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@launched(**NUMBERS)
 def draws_kernel(
     entries, p, items, indptr, indices, rows, out, total, k, seed, offset,
     EXCLUDE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
@@ -157,7 +158,7 @@ def _first(free, ids, BLOCK: tl.constexpr):
     return tl.max(tl.where(lane == place, ids, -1), 0)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@launched(**NUMBERS)
 def distinct_kernel(
     entries, p, items, indptr, indices, rows, out, k, seed, offset, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):

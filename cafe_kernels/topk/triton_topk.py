@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cafe_kernels.launched import launched
 from cafe_kernels.topk.reference import JOINS, exclusion_pairs
 
 ITEMS, USERS, STEP = 128, 32, 32  # of a tile, and entries of a row that are multiplied at once
@@ -24,7 +25,7 @@ LAUNCH = {"num_warps": 4, "num_stages": 2}
 BYTES = 256 << 20  # for exact scores and for block bests
 
 
-@triton.jit
+@launched(i32="users items intents blocks")
 def _block_best(  # type: ignore[no-untyped-def]
     user, table, item_intent, intent_scores, best, users, items, intents, blocks,
     DIM: tl.constexpr, HAS_INTENTS: tl.constexpr, SIGMOID: tl.constexpr,
@@ -51,7 +52,7 @@ def _block_best(  # type: ignore[no-untyped-def]
     tl.store(best + u.to(tl.int64) * blocks + block, tl.max(score, 1), u < users)
 
 
-@triton.jit
+@launched(i32="items width")
 def _exact(  # type: ignore[no-untyped-def]
     user, table, chosen, dots, items, width, DIM: tl.constexpr, ITEMS: tl.constexpr
 ):  # fmt: skip

@@ -6,6 +6,7 @@ which are recorded in place of being made. `no_waiting` refuses what "meta" lets
 own (tests/gpu/test_step_gpu.py asks the driver). What the kernels compute is tested elsewhere, in Triton's interpreter.
 """
 
+import json
 import sys
 from contextlib import contextmanager
 
@@ -19,6 +20,7 @@ from cafe.batches import Batches
 from cafe.config import Config
 from cafe.models import build
 from cafe.train import make_optimizers, train_step
+from cafe_kernels import compile as offline
 from cafe_kernels.attention import ops as attention
 from cafe_kernels.losses import ops as losses
 from cafe_kernels.optim import backend_module
@@ -193,3 +195,59 @@ def test_a_step_does_not_wait(dataset, launches, case):
         assert set(launches) >= attention_kernels | loss_kernels | {"segments_kernel", "adam_rows"}
         assert launches.count("adam_rows") == 2  # catch_up, step
     assert optimizers.tables.state[net.item_embedding]["block_step"] > 0
+
+
+@contextmanager
+def asked_for(target):
+    """Collects which kernels are asked of Triton's compiler for the target, by all that tells one from another; compiles none."""
+    found = {}
+
+    def hook(*, fn, compile, **more):
+        source = triton.compiler.ASTSource(
+            fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0]
+        )
+        options = json.loads(compile["specialization_data"])["options"]
+        found[source.hash(), json.dumps(options, sort_keys=True)] = fn.name, compile["signature"], compile["constants"]
+        return True
+
+    with offline.offline(target), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.runtime, "jit_cache_hook", hook)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def compiled_cases():
+    with asked_for("sm_90") as found:
+        for module in offline.MODULES:
+            for case in offline._cases(module).values():
+                offline.compile_case(case, "sm_90")
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    ("model", "preset", "more"),
+    [
+        *((model, preset, {}) for model in ("cafe", "sasrec") for preset in ("paper", "best")),
+        ("sasrec", "best", {"compose_items": True}),
+        ("sasrec", "paper", {"compose_items": True}),
+    ],
+)
+def test_a_step_launches_what_is_compiled_beforehand(
+    dataset, launches, monkeypatch, compiled_cases, model, preset, more, dim
+):
+    """So what `make gate` judges is what runs, and what `--out` keeps is what the launcher looks for."""
+    monkeypatch.setattr(
+        triton.JITFunction,
+        "__getitem__",
+        lambda kernel, grid: lambda *given, **options: kernel.run(*given, grid=grid, warmup=True, **options),
+    )
+    config = Config.make(model, preset, **{"dim": dim, "max_len": 8, "batch_size": 16, **more})
+    net, batches = build(config, dataset).to(META), Batches(config, dataset)
+    optimizers, rows = make_optimizers(net), batches.order(0)[:16]
+    with asked_for("sm_90") as found:
+        for step in range(2):  # the first, and one of other numbers
+            train_step(net, optimizers, batches(rows[step:], step).to(META))
+    assert {name for name, *_ in found.values()} >= {"short_forward", "short_backward", "segments_kernel", "adam_rows"}
+    assert [found[key] for key in found.keys() - compiled_cases.keys()] == []

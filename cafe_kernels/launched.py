@@ -1,0 +1,22 @@
+"""The decorator of every Triton kernel that is launched: its numbers have the types that are written, whatever their values.
+
+Triton by itself compiles a kernel anew for a number that is 1, that is a multiple of 16, or that does not fit in 32 bits. A batch's
+number of tokens, a step, a seed are all of these by turns, so training would stop to compile again and again. And what is compiled
+beforehand (cafe_kernels.compile) would not be what a launch asks for.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import triton
+
+
+def launched(**numbers: str) -> Callable[[Any], Any]:
+    """`@launched(i32="tokens count", i64="seed")`: triton.jit with these types of its whole numbers; names it does not have are ignored."""
+    types = {name: kind for kind, names in numbers.items() for name in names.split()}
+
+    def decorate(function: Any) -> Any:
+        function.__annotations__ |= types
+        return triton.jit(function, do_not_specialize=list(types))
+
+    return decorate
