@@ -71,3 +71,13 @@ def test_what_cannot_be_imported_is_said(module, said):
 def test_wrong_options_are_refused(capsys):
     assert doctor.main(["--yaml"]) == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_kernels_compiled_beforehand_are_counted(monkeypatch, tmp_path):
+    for name, arch in (("a", 90), ("b", 90), ("c", "gfx942")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kernel.json").write_text(json.dumps({"target": {"arch": arch}}))
+    monkeypatch.setenv("CAFE_KERNELS_STORE", str(tmp_path))
+    found = doctor.examine()
+    assert found["compiled kernels"]["targets"] == {"sm_90": 2, "gfx942": 1}
+    assert f"2 for sm_90, 1 for gfx942 ({tmp_path})" in doctor.text(found)
