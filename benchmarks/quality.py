@@ -4,12 +4,13 @@
 
 Each FOLDER holds interactions.csv.gz and items.csv.gz. On each, the paper's Tables 2 and 3 and what goes beyond the paper
 (quality.toml), as `cafe compare --config` does: every model is trained to its own best validation (early stopping), then ranked once on
-the test answers. Runs that are already in --work are not trained again, so the command can be cut and repeated; seeds that a folder has
-not yet are left out with --only-trained, so that a table of what there is can be written at any time.
+the test answers. Runs that are already in --work are not trained again, so the command can be cut and repeated; systems and seeds that
+are not yet trained are left out with --only-trained, so that tables of what there is can be written at any time.
 """
 
 import json
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -74,6 +75,8 @@ def pairs(beyond: Results, table2: Results) -> list[str]:
     heads = " | ".join(f"{protocol} {metric}" for protocol, metric in kinds)
     lines = [f"| gain, paired over users | {heads} |", "|---|--:|--:|"]
     for a, b in PAIRS:
+        if not {a, b} <= beyond["aligned"].keys():
+            continue
         cells = [gain(beyond[protocol][a], beyond[protocol][b], metric) for protocol, metric in kinds]
         lines.append(f"| {a} over {b} | {' | '.join(cells)} |")
     cells, names = [], []
@@ -108,15 +111,17 @@ def section(folder: Path, seeds: int | None, work: Path, only_trained: bool) -> 
     dataset, parts, results = Dataset.load(data), [], {}
     for title, config in EXPERIMENTS.items():
         out, experiment = work / folder.name / slug(title), read_experiment(config)
-        count = trained(experiment, out) if only_trained else seeds or experiment.seeds
-        experiment = replace(experiment, seeds=count)
+        experiment = trained(experiment, out) if only_trained else replace(experiment, seeds=seeds or experiment.seeds)
+        if not experiment.systems:
+            continue
         results[title] = run_experiment(experiment, data, out)
         tables = (
             experiment_markdown(results[title], experiment.baseline)
             .replace("\n###", "\n####")
             .replace("###", "####", 1)
         )
-        parts += [f"### {folder.name}: {title}, {experiment.seeds} seeds", "", tables]
+        runs = f"{experiment.seeds} seed{'s' * (experiment.seeds > 1)}"
+        parts += [f"### {folder.name}: {title}, {runs}", "", tables]
         if title == "Beyond the paper":
             tokens = int((dataset.train().lengths - 1).clip(min=0, max=50).sum())
             parts += [*pairs(results[title], results["Table 2"]), "", *cost(out, experiment, tokens), ""]
@@ -128,12 +133,14 @@ def section(folder: Path, seeds: int | None, work: Path, only_trained: bool) -> 
     return "\n".join([f"## {folder.name}", "", ", ".join(stats) + ".", "", *parts])
 
 
-def trained(experiment: Experiment, out: Path) -> int:
-    """How many seeds of all systems there are."""
-    seeds = 0
-    while all((out / f"{slug(name)}-{seeds}" / "best.safetensors").exists() for name in experiment.systems):
-        seeds += 1
-    return seeds
+def trained(experiment: Experiment, out: Path) -> Experiment:
+    """The part of an experiment that is trained and ranked: the systems that have a seed, and the seeds that all of these have."""
+    file, counts = Evaluation.file_name("test", "aligned"), {}
+    for name in experiment.systems:
+        there = ((out / f"{slug(name)}-{seed}" / file).exists() for seed in range(experiment.seeds))
+        counts[name] = sum(takewhile(bool, there))
+    systems = {name: config for name, config in experiment.systems.items() if counts[name]}
+    return replace(experiment, systems=systems, seeds=min((counts[name] for name in systems), default=0))
 
 
 def main(
