@@ -7,6 +7,7 @@ rectools.dataset.Dataset, which is known by what it has: RecTools need not be in
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +29,10 @@ UNSUPPORTED = ("raise", "warn", "ignore")
 
 class LastValidates(Dataset):
     """Every user's last item is for validation and the rest for training: whoever splits the data kept the test answers."""
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> "LastValidates":
+        return cls(**{field.name: getattr(dataset, field.name) for field in fields(dataset)})
 
     def train(self) -> Sequences:
         start, stop = self.sequences.indptr[:-1], self.sequences.indptr[1:]
@@ -120,7 +125,7 @@ class CAFEModel:
                 )
             except ValueError as error:  # it speaks of files and of the command line
                 raise ValueError(str(error).replace(f"{folder}/", "").split(" (")[0]) from None
-            model = fit(self.config, LastValidates(**vars(prepared)), folder / "run", device=self.device)
+            model = fit(self.config, LastValidates.of(prepared), folder / "run", device=self.device)
         self.recommender = Recommender(model.cpu(), prepared)
         self._interactions = interactions
         return self

@@ -64,6 +64,11 @@ def test_viewed_items_are_filtered_or_not(frames, fitted):
         )
         overlap = [len(found[user] & set(of[user])) for user in of]
         assert max(overlap) == 0 if viewed else overlap == [len(set(of[user])) for user in of]
+    few = list(of)[:5]  # scored without the index
+    want = fitted.recommend(few, k=60, filter_viewed=False)
+    answers = Recommender(fitted.model, fitted.dataset).recommend([of[user] for user in few], 60, filter_viewed=False)
+    assert want["item_id"].tolist() == [item for answer in answers for item in answer.items]
+    assert len(want) == 5 * fitted.dataset.num_items
 
 
 def test_unknown_users(frames, fitted):
@@ -89,7 +94,7 @@ def test_other_interactions_have_cold_items_and_new_users(fitted):
 
 
 def test_all_but_the_last_item_is_trained_on(dataset):
-    ours = LastValidates(**vars(dataset))
+    ours = LastValidates.of(dataset)
     valid = ours.holdout("valid")
     test = dataset.holdout("test")
     np.testing.assert_array_equal(valid.answers, test.answers)
