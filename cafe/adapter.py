@@ -13,8 +13,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import polars as pl
+
+try:
+    import pandas as pd
+except ModuleNotFoundError:
+    raise ModuleNotFoundError('cafe.adapter needs pandas: pip install "cafe-kernels[pandas]"') from None
 
 from cafe.config import Config
 from cafe.data.dataset import Dataset, Holdout, Sequences
