@@ -1,4 +1,4 @@
-"""The `cafe` command: prepare, simulate, train, evaluate, compare, report, recommend, doctor.
+"""The `cafe` command: prepare, simulate, train, evaluate, compare, report, recommend, export, doctor.
 
 Results go to standard output (with --json: one JSON object and nothing else), progress and warnings to standard error.
 A mistake in the input is one line and exit code 1; a mistake in the options exits with 2; Ctrl-C with 130.
@@ -483,6 +483,27 @@ def recommend(
     for rank, row in enumerate(zip(answer.items, answer.intents, answer.scores, strict=True), 1):
         table.add_row(str(rank), str(row[0]), str(row[1]), f"{row[2]:.3f}")
     out_console.print(table)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Option(help="Run folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Write the user tower as ONNX and the item vectors as .npy and Parquet, for serving (docs/serving.md).
+
+    Example: cafe export --run runs/cafe --out serving/cafe
+    """
+    from cafe.export import export as write
+    from cafe.train import load_run
+
+    meta = write(*load_run(run, data), out)
+    if as_json:
+        return emit({"out": str(out), **meta})
+    out_console.print(f"{out}: score = {meta['score']}", highlight=False, soft_wrap=True)
+    out_console.print(f"Next: python {out / 'serve.py'} ITEM,ITEM,...", highlight=False, soft_wrap=True)
 
 
 def _recommend_file(recommender: Any, users: Path, out: Path, k: int, as_json: bool) -> None:

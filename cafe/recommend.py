@@ -87,7 +87,12 @@ class Recommender:
         return [self.dataset.item_ids[int(item)] for item in self.dataset.sequences[number]]
 
     def recommend(
-        self, histories: Seq[Seq[Any]], k: int = 10, batch_size: int = 256, users: Seq[Any] | None = None
+        self,
+        histories: Seq[Seq[Any]],
+        k: int = 10,
+        batch_size: int = 256,
+        users: Seq[Any] | None = None,
+        filter_viewed: bool = True,
     ) -> list[Recommendation]:
         """The k best unseen items for each history (item ids, oldest first), those of equal score in the catalog's order.
 
@@ -96,6 +101,7 @@ class Recommender:
 
         Args:
             users: each history's user id, read by SSE-PT alone; one that the dataset does not know, or None, is the mean user.
+            filter_viewed: False recommends the items of a history, too.
 
         Raises:
             ValueError: k is not positive; a text, or one history where a list of them was expected; not one user a history;
@@ -134,7 +140,7 @@ class Recommender:
         answers: list[Recommendation] = []
         for start in range(0, len(rows), batch_size):
             batch = slice(start, start + batch_size)
-            answers += self._batch(rows[batch], who[batch], min(k, self.dataset.num_items))
+            answers += self._batch(rows[batch], who[batch], min(k, self.dataset.num_items), filter_viewed)
         return answers
 
     @property
@@ -142,14 +148,14 @@ class Recommender:
         return self._served >= INDEX_AFTER and isinstance(self.model, SASRec) and not self.model.item_intent.is_cuda
 
     @torch.inference_mode()
-    def _batch(self, histories: list[np.ndarray], users: Tensor, k: int) -> list[Recommendation]:
+    def _batch(self, histories: list[np.ndarray], users: Tensor, k: int, filter_viewed: bool) -> list[Recommendation]:
         best, items = (x.repeat(len(histories), 1) for x in _best(self._counts[None], k))
         intents: dict[int, Tensor] = {}
         read = [row for row, history in enumerate(histories) if len(history)]
         if read:
             newest = [torch.from_numpy(histories[row][-self.model.config.max_len :]) for row in read]
             cu_seqlens = torch.tensor([0, *np.cumsum([len(h) for h in newest])], dtype=torch.int32)
-            seen = [torch.from_numpy(histories[row]) for row in read]
+            seen = [torch.from_numpy(histories[row][: None if filter_viewed else 0]) for row in read]
             best_of = self._search if self._indexed else self._score
             best[read], items[read], intent = best_of(torch.cat(newest), cu_seqlens, users[read], seen, k)
             if intent is not None:

@@ -5,13 +5,16 @@ import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from cafe.data.simulate import Shop, draw
 from cafe_kernels import DistanceMaskedAttention
 
-EXAMPLE = runpy.run_path(str(Path(__file__).parents[1] / "examples/drop_in.py"))
+EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLE = runpy.run_path(str(EXAMPLES / "drop_in.py"))
 MAIN = EXAMPLE["main"]
 SIZES = {"epochs": 4, "batch-size": 16, "dim": 16, "heads": 1, "layers": 1, "length": 8, "dropout": 0, "lr": 0.01}
 
@@ -47,3 +50,36 @@ def test_drop_in_names_the_missing_file(tmp_path, capsys):
     with pytest.raises(SystemExit):
         MAIN([str(tmp_path)])
     assert f"no interactions.csv.gz in {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz"])
+def test_own_loop(tmp_path, capsys, suffix):
+    user, item, _ = draw(Shop(interactions=4000, items=400, intents=20, users=500), seed=0)
+    file = tmp_path / f"buys{suffix}"
+    with gzip.open(file, "wt") if suffix.endswith(".gz") else file.open("w") as opened:
+        print("user,item,timestamp", file=opened)
+        for time, (u, i) in reversed(
+            list(enumerate(zip(user, item, strict=True)))
+        ):  # sorted by time, whatever the rows' order
+            print(f"u{u},i{i},{time}", file=opened)
+    sizes = {"epochs": 4, "batch-size": 16, "dim": 16, "length": 8, "negatives": 64, "lr": 0.01, "dropout": 0.0}
+    torch.manual_seed(0)
+    runpy.run_path(str(EXAMPLES / "own_loop.py"))["main"]([str(file), *(f"--{k}={v}" for k, v in sizes.items())])
+    printed = capsys.readouterr().out
+    hits = [float(hit) for hit in re.findall(r"^epoch \d  loss \d+\.\d{3}  HR@10 (\d\.\d{4})$", printed, re.MULTILINE)]
+    assert len(hits) == 4, printed
+    last = np.append(user[1:] != user[:-1], True)
+    popular = np.argsort(-np.bincount(item[~last], minlength=400))[:30]
+    assert max(hits) > 2 * np.isin(item[last], popular[:10]).mean()
+    assert max(hits) > np.isin(item[last], popular).mean()  # three times as many popular items, seen ones included
+    *_, recommended = printed.splitlines()
+    first = {f"i{i}" for i in item[user == user[-1]][:-1]}  # of the user whom the file names first
+    found = recommended.removeprefix("for the first user: ").split(", ")
+    assert len(set(found)) == 10
+    assert not first & set(found)
+
+
+def test_own_loop_names_the_missing_file(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / "own_loop.py"))["main"]([str(tmp_path / "no.csv")])
+    assert "no.csv: no such file" in capsys.readouterr().err

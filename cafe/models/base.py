@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cafe.config import Config
 from cafe.data.dataset import Dataset
+from cafe_kernels import DistanceMaskedAttention
 
 RANKINGS = ("full", "aligned")  # the rankings that `intent_weight` has a weight for
 Weights = tuple[float, float]  # of the intent and of the item's prior in the joint score
@@ -37,6 +38,10 @@ class Tokens:
     targets: Tensor | None = None
     users: Tensor | None = None
     step: int = 0
+
+    def attend(self, attention: DistanceMaskedAttention, x: Tensor, **options: Any) -> Tensor:
+        """`attention` of x (T, d) within each sequence; options as `DistanceMaskedAttention.packed` has them."""
+        return attention.packed(x, self.cu_seqlens, max_seqlen=self.max_seqlen, **options)
 
 
 @dataclass(kw_only=True)

@@ -30,7 +30,7 @@ def embedding_table(rows: int, config: Config) -> nn.Parameter:
 
 def hide(x: Tensor, tokens: Tokens, hidden: Tensor) -> Tensor:
     """x (T, d) with `hidden` (d) at the targets of a cloze."""
-    return x if tokens.targets is None else x.index_copy(0, tokens.targets, hidden.expand(len(tokens.targets), -1))
+    return x if tokens.targets is None else x.index_copy(0, tokens.targets, hidden.expand(tokens.targets.shape[0], -1))
 
 
 def make_attention(
@@ -70,18 +70,18 @@ class Block(nn.Module):
         seed: int,
         offset: int,
     ) -> Tensor:
-        options: dict[str, Any] = {
-            "max_seqlen": tokens.max_seqlen,
-            "positions": positions,
-            "seed": seed,
-            "offset": offset,
-        }
         query = self.norm_attention(x)
         on_query = self.config.block == "query_norm"
         source, residual = (x, query) if on_query else (query, x)
         steered = (query, source) if side is None else (query + side, source + side)
-        attended = self.attention.packed(
-            steered[0], tokens.cu_seqlens, key_value=steered[1], value=source, **options
+        attended = tokens.attend(
+            self.attention,
+            steered[0],
+            key_value=steered[1],
+            value=source,
+            positions=positions,
+            seed=seed,
+            offset=offset,
         ).to(x.dtype)
         x = attended.mul_(masks[0]).add_(residual)
         normed = self.norm_feed_forward(x)
@@ -108,7 +108,7 @@ class Encoder(nn.Module):
         """stream: number that no other call of the run has; fixes the dropout.
         side: (T, d), what steers queries and keys beside x (NOVA): with the positions, which then do not enter x."""
         config = self.config
-        token = torch.arange(len(x), device=x.device)
+        token = torch.arange(x.shape[0], device=x.device)  # not len(x), which export takes for a constant
         behind = tokens.cu_seqlens.long()[tokens.sequence + 1] - token
         positions = embedding(config.max_len - behind, self.position)
         masks: Masks = (1.0,) * (1 + SITES * config.layers)

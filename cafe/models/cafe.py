@@ -100,4 +100,4 @@ class CAFE(SASRec):
         if not self.config.calibrate:
             return query
         weight = self.prior_weight if weights is None else query.new_tensor(weights[1])
-        return torch.cat([query, weight.expand(len(query), 1)], 1)
+        return torch.cat([query, weight.expand(query.shape[0], 1)], 1)

@@ -202,6 +202,38 @@ class DistanceMaskedAttention(nn.Module):
         inputs = self._op_inputs(x, source, source if value is None else value, positions)
         return self._attend(inputs, cu_seqlens, max_seqlen, self._seed() if seed is None else seed, offset)
 
+    def dense(
+        self,
+        x: Tensor,
+        real: Tensor,
+        *,
+        key_value: Tensor | None = None,
+        value: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """As `packed` without dropout, on rows of one length, in operations of plain PyTorch alone: for exporters (ONNX).
+
+        Args:
+            x: (B * N, embed_dim), N at most max_distance; key_value, value, positions likewise, as for `packed`.
+            real: bool (B, N), False at padding, which no token sees but itself.
+
+        Returns:
+            (B * N, embed_dim); at padding numbers that mean nothing.
+        """
+        source = x if key_value is None else key_value
+        inputs = self._op_inputs(x, source, source if value is None else value, positions)
+        q, k, v = (rows.unflatten(0, real.shape).transpose(1, 2) for rows in inputs)
+        position = torch.arange(real.shape[1], device=x.device)
+        distance = position[:, None] - position
+        logits = q @ k.transpose(-1, -2) * self.scale
+        log_theta = self.log_theta()
+        if log_theta is not None:
+            column = distance.clamp(min=0) if self.causal else distance + log_theta.shape[1] // 2
+            logits = logits + log_theta[:, column]
+        hidden = ~real[:, None, None] | ((distance < 0) & self.causal)
+        weights = logits.masked_fill(hidden & (distance != 0), -torch.inf).softmax(-1)
+        return self.out_proj((weights @ v).transpose(1, 2)[..., : self.head_dim].flatten(2).flatten(0, 1))
+
     def forward(
         self,
         query: Tensor,

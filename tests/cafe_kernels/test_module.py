@@ -500,3 +500,25 @@ def test_values_may_read_something_else():
     expected = module(x, x, value, is_causal=True)[0]
     torch.testing.assert_close(out, expected)
     assert not torch.allclose(out, module.packed(x, cu_seqlens))
+
+
+@pytest.mark.parametrize("mask_reads", ["keys", "values"])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_distance": None}, {"causal": False}, {"causal": False, "local_heads": 1}, {"max_distance": 9}]
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_dense_is_packed_without_packing(options, mask_reads, side):
+    module = learned(dtype=torch.float64, mask_reads=mask_reads, **options).eval()
+    x, padding = padded(side, torch.float64)
+    real = ~padding
+    other, value, positions = (torch.randn_like(x) for _ in range(3))
+    rows, tokens = {}, {}
+    for name, part in (("key_value", other), ("value", value), ("positions", positions)):
+        rows[name], tokens[name] = part.flatten(0, 1), part[real]
+    want = module.packed(x[real], cu_seqlens(LENGTHS), **tokens)
+    got = module.dense(x.flatten(0, 1), real, **rows).view_as(x)
+    assert got.isfinite().all()
+    torch.testing.assert_close(got[real], want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        module.dense(x.flatten(0, 1), real).view_as(x)[real], module.packed(x[real], cu_seqlens(LENGTHS))
+    )
