@@ -83,3 +83,19 @@ def test_own_loop_names_the_missing_file(tmp_path, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES / "own_loop.py"))["main"]([str(tmp_path / "no.csv")])
     assert "no.csv: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_walkthrough(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WALKTHROUGH_FOLDER", str(tmp_path))
+    monkeypatch.setenv("WALKTHROUGH_QUICK", "1")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    found = runpy.run_path(str(EXAMPLES / "walkthrough.py"))
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        path.name for path in (EXAMPLES.parent / "docs/walkthrough").iterdir()
+    }
+    assert all(len(curve) == 1 for curve in found["curves"].values())
+    assert found["axes"].get_legend_handles_labels()[1] == list(found["SYSTEMS"])  # the last figure's
+    assert len(found["answer"].items) == 5
+    assert not set(found["answer"].items) & set(found["history"])
+    assert "'interactions': 24000" in capsys.readouterr().out
