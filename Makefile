@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test lint gate bench clean
+.PHONY: demo test lint gate bench docs clean
 
 .venv/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -26,5 +26,8 @@ gate: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks -q
 
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv build demo *.egg-info cafe_kernels/*.so
+	rm -rf .venv build demo site *.egg-info cafe_kernels/*.so

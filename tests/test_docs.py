@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -222,9 +223,35 @@ def test_links_lead_somewhere_in_the_repository():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """mkdocs refuses broken links and anchors and pages that no navigation names; docs/hooks.py, what asks for something outside."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    for page, shown in {
+        "index.html": 'href="benchmarks/RESULTS.html"',
+        "data.html": 'href="benchmarks/index.html"',
+        "benchmarks/RESULTS.html": 'href="../protocol.html"',
+        "walkthrough.html": 'src="walkthrough/theta.png"',
+        "api.html": 'id="cafe_kernels.distance_attention"',
+    }.items():
+        assert shown in (tmp_path / page).read_text(), page
+
+
 def test_the_api_page_has_every_public_name():
     names = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.M)
     assert {f"cafe_kernels.{name}" for name in cafe_kernels.__all__} <= set(names)
     for name in names:
         module, _, leaf = name.rpartition(".")
         assert getattr(importlib.import_module(module), leaf).__doc__, name
+
+
+def test_what_asks_for_something_outside_is_found():
+    found = runpy.run_path(str(DOCS / "hooks.py"))["OUTSIDE"].search
+    assert found('<img alt="x" src="https://example.org/x.png">')
+    assert found("<link rel=stylesheet href=//example.org/x.css>")
+    assert found('<style>@import url("https://example.org/x.css");</style>')
+    assert not found('<a href="https://example.org">x</a> <script src="assets/x.js"></script><img src="a//b.png">')

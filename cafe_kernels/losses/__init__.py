@@ -91,7 +91,8 @@ def gbce(
     Args:
         t: calibration; 0 is plain BCE (beta = 1), 1 gives calibrated probabilities (beta = alpha).
         sampling_rate: alpha, the share of all negatives that is drawn; default K / (V - 1).
-        The others are as in `sampled_bce`.
+
+    The other arguments are as in `sampled_bce`.
 
     Source: Petrov & Macdonald, "gSASRec: Reducing Overconfidence in Sequential Recommendation Trained with Negative Sampling",
     RecSys 2023, Eq. 9 and 12.
@@ -133,7 +134,8 @@ def sampled_softmax(
         log_q: (of the positives (T,), of the negatives (as `negatives`)): the logarithm of how often an item is expected among
             the K draws, log(K q). It is taken from the logits, so that the loss estimates the softmax over the whole catalog.
             None leaves them. They are numbers, not learned: a tensor that requires a gradient is refused.
-        The others are as in `sampled_bce`.
+
+    The other arguments are as in `sampled_bce`.
 
     Source: Bengio & Senecal, "Adaptive Importance Sampling to Accelerate Training of a Neural Probabilistic Language Model", 2008.
 
