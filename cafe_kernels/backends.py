@@ -17,7 +17,7 @@ from cafe_kernels import stored
 
 BACKENDS = ("reference", "cpu", "triton")
 # Options of a Triton launch that only its compiler knows.
-ONE_VENDOR = {"maxnreg": "NVIDIA", "matrix_instr_nonkdim": "AMD"}
+ONE_VENDOR = {"maxnreg": "NVIDIA", "matrix_instr_nonkdim": "AMD", "waves_per_eu": "AMD"}
 
 
 def choose_backend(backend: str | None, module: Callable[[str], ModuleType], *tensors: Tensor) -> str:

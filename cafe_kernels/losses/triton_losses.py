@@ -30,8 +30,9 @@ PRECISION = tl.constexpr(
 )  # the interpreter has float32's own product
 LAUNCH = {"num_warps": 4, "num_stages": 1}
 NUMBERS = {"i32": "tokens count stride", "i64": "entries factors"}
-# For the kernels with products, whose registers are the limit; maxnreg and matrix_instr_nonkdim as in attention/triton_short.py.
-PRODUCTS = LAUNCH | {"num_warps": 8, "maxnreg": 255, "matrix_instr_nonkdim": 16}
+# For the kernels with products, whose registers are the limit; maxnreg and matrix_instr_nonkdim as in attention/triton_short.py. With two
+# waves wanted, and not as many as fit, LLVM spills no scalar register.
+PRODUCTS = LAUNCH | {"num_warps": 8, "maxnreg": 255, "matrix_instr_nonkdim": 16, "waves_per_eu": 2}
 
 
 def unavailable(h: Tensor, table: Tensor) -> str | None:
@@ -194,9 +195,6 @@ def shared_kernel(  # type: ignore[no-untyped-def]
         top = positive
         others = positive * 0.0
         gradient = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-        weight = tl.zeros((BLOCK_T,), tl.float32) + 1.0
-        if WEIGHTS:
-            weight = tl.load(weights + t, mask=live, other=0.0)
         for first in tl.range(0, count, BLOCK_K, disable_licm=True):
             k = first + tl.arange(0, BLOCK_K)
             there = k < count
@@ -219,6 +217,9 @@ def shared_kernel(  # type: ignore[no-untyped-def]
             if GRADIENTS:
                 rows = _rows(table, intents, item_intent, ids, there, columns, DIM, COMPOSED)
                 gradient += tl.dot(shares, rows, input_precision=PRECISION)
+        weight = tl.zeros((BLOCK_T,), tl.float32) + 1.0  # after the loop: for the registers
+        if WEIGHTS:
+            weight = tl.load(weights + t, mask=live, other=0.0)
         if SOFTMAX:
             total = others + tl.exp(positive - top)
             loss = tl.where(top == positive, _softplus(tl.log(others)), top - positive + tl.log(total))
