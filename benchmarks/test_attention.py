@@ -130,7 +130,7 @@ def contestants(name: str, backward: bool, dim: int) -> dict[str, Callable[[Simp
 @pytest.fixture(scope="module")
 def record(pytestconfig: pytest.Config) -> Iterator[dict[str, Any]]:
     keep_memory()
-    with recording("attention", pytestconfig, {"threads": 1, "cases": {}, "growth": {}}) as record:
+    with recording("attention", pytestconfig, {"ours": [OURS], "threads": 1, "cases": {}, "growth": {}}) as record:
         yield record
 
 
@@ -143,7 +143,7 @@ def test_attention(
     check_agreement(cases[0])
     for backward in (False, True):
         what = f"{name}, head width {dim}, forward" + (" + backward" if backward else "")
-        steady, after = compare(
+        steady, after, spread = compare(
             contestants(name, backward, dim), lambda number: fresh(cases[number % len(cases)]), seconds=4
         )
         ratios = {f"{peer} / ours": steady[peer] / steady[OURS] for peer in steady if peer not in (OURS, PEAK)}
@@ -156,6 +156,7 @@ def test_attention(
         ratios["best padded peer / ours"] = best_padded
         record["cases"][what] = {
             "median_seconds": {"steady": steady, "after_another": after},
+            "quartiles": spread,
             "ratios": ratios,
             "share_of_peak": share,
         }
@@ -226,7 +227,7 @@ def test_two_sided(name: str, record: dict[str, Any], capsys: pytest.CaptureFixt
         out = peer(*x.padded, x.two_sided, x.tensor_lengths)
         same = torch.cat([row[0, :length] for row, length in zip(out, x.lengths, strict=True)])
         torch.testing.assert_close(same, ours, rtol=1e-4, atol=1e-5)
-    steady, after = compare(
+    steady, after, spread = compare(
         {
             OURS: lambda x: run(attend_two_sided, (*x.packed, x.two_sided), x.cu_seqlens),
             EAGER: lambda x: run(eager_two_sided, (*x.padded, x.two_sided), x.tensor_lengths),
@@ -237,7 +238,9 @@ def test_two_sided(name: str, record: dict[str, Any], capsys: pytest.CaptureFixt
     )
     what = f"{name}, head width 64, two-sided, forward + backward"
     ratios = {f"{peer} / ours": steady[peer] / steady[OURS] for peer in (EAGER, SDPA)}
-    record["cases"][what] = {"median_seconds": {"steady": steady, "after_another": after}, "ratios": ratios}
+    record["cases"][what] = {
+        "median_seconds": {"steady": steady, "after_another": after}, "quartiles": spread, "ratios": ratios
+    }  # fmt: skip
     with capsys.disabled():
         print(table(what, steady, after, OURS))
 
@@ -249,7 +252,7 @@ def test_growth(record: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> N
         CASES["growth"] = (max(1, 4096 // n), n)
         x = case("growth", 64, 0)
         chosen = {name: f for name, f in contestants("growth", True, 64).items() if name in medians}
-        steady, _ = compare(chosen, lambda number, x=x: x, seconds=2, rounds=30)  # type: ignore[misc]
+        steady, *_ = compare(chosen, lambda number, x=x: x, seconds=2, rounds=30)  # type: ignore[misc]
         for name, seconds in steady.items():
             medians[name].append(seconds)
     del CASES["growth"]
