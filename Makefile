@@ -2,7 +2,12 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test lint gate bench clean
+# Of every op the cases that say most; the training speed alone takes a minute.
+QUICK := "test_attention.py::test_attention[n=50-64]" "test_attention.py::test_attention[Beauty's lengths-64]" \
+	"test_losses.py::test_losses[V=10k]" "test_sampler.py::test_sampler[1910000-3200]" test_optim.py::test_against_torch \
+	test_training.py::test_speed
+
+.PHONY: demo test lint gate bench bench-quick clean
 
 .venv/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -25,6 +30,9 @@ gate: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks -q
+
+bench-quick: .venv/installed
+	cd benchmarks && CAFE_RESULTS=../build/bench-quick OMP_NUM_THREADS=1 ../$(BIN)/python -m pytest -c ../pyproject.toml $(QUICK)
 
 clean:
 	rm -rf .venv build demo *.egg-info cafe_kernels/*.so

@@ -123,7 +123,14 @@ def steps(work: Path = Path("runs/scale")) -> None:
         for size in sizes:
             for _ in range(WINDOW):
                 all_steps[size].step()
-    record: dict[str, Any] = {"ours": [""], "threads": 1, "dim": DIM, "windows": WINDOWS, "steps_a_window": WINDOW, "sizes": {}}
+    record: dict[str, Any] = {
+        "ours": [""],
+        "threads": 1,
+        "dim": DIM,
+        "windows": WINDOWS,
+        "steps_a_window": WINDOW,
+        "sizes": {},
+    }
     print(f"{'items':>12}{'ms a step':>12}{'x smallest':>12}{'waiting':>10}")
     base = statistics.median(all_steps[SIZES[0]].seconds[WINDOW:])
     for size, done in all_steps.items():

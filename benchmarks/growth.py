@@ -1,11 +1,11 @@
 """How the cost of every op grows with the catalog V, the length n, the negatives K and the threads: exponents fitted to measured points.
 
-    python -m benchmarks.growth            # 2 to 4 minutes; writes results/growth.json and results/growth.png
+    python -m benchmarks.growth            # half a minute of CPU time; writes results/growth.json and results/growth.png
     python -m benchmarks.growth --draw     # only draws and prints what was recorded
 
-Each line is one op as one number grows, ours and the peer's in turns in one run, in CPU seconds of the process on one thread; the lines over
-threads are in wall seconds, and mean something on an idle machine only. The exponent is the slope of the least-squares line through log
-seconds against log of what grows: 0 says that the cost does not depend on it, 1 that it is proportional, 2 that it is quadratic; -1 over
+Each line is one op as one number grows, ours and the peer's in turns in one run, in CPU seconds of the process on one thread; the lines
+over threads are in wall seconds, and mean something on an idle machine only. The exponent is the slope of the least-squares line through
+log seconds against log of what grows: 0 says that the cost does not depend on it, 1 that it is proportional, 2 that it is quadratic; -1 over
 threads is a perfect division of labour.
 """
 
@@ -55,7 +55,9 @@ def optimizer(v: int) -> dict[str, Call]:
         gradients = []
         for _ in range(4):
             rows = torch.randperm(v, generator=generator)[:ROWS]
-            sparse = torch.sparse_coo_tensor(rows[None], torch.full((ROWS, DIM), 1e-4), (v, DIM), check_invariants=False)
+            sparse = torch.sparse_coo_tensor(
+                rows[None], torch.full((ROWS, DIM), 1e-4), (v, DIM), check_invariants=False
+            )
             gradients.append(sparse.to_dense() if "fused" in kind else sparse)
 
         def call(number: int) -> None:
@@ -183,17 +185,27 @@ def measure_all() -> dict[str, Any]:
                 if len(taken) > 1
             },
         }
-        print(table({"lines": {f"{title}, by {grows}": lines[f'{title}, by {grows}']}}, head=len(lines) == 1), flush=True)
+        print(
+            table({"lines": {f"{title}, by {grows}": lines[f"{title}, by {grows}"]}}, head=len(lines) == 1), flush=True
+        )
     return {"threads": 1, "clock": "process CPU time; wall time over threads", "dim": DIM, "lines": lines}
 
 
 def table(record: dict[str, Any], head: bool = True) -> str:
+    """Over threads without the exponent, where the machine was busy while it was measured."""
     lines = ["| what, by what | contestant | from | to | exponent |", "|---|---|--:|--:|--:|"] if head else []
+    load = record.get("machine", {}).get("load_average")
     for title, line in record["lines"].items():
+        busy = line["grows"] == "threads" and load is not None and load[1] > max(line_threads(line))
         for name, found in line["contestants"].items():
             ends = [f"{found['sizes'][i]:,}: {1e3 * found['seconds'][i]:.3g} ms" for i in (0, -1)]
-            lines.append(f"| {title} | {name} | {ends[0]} | {ends[1]} | {found['exponent']:.2f} |")
+            shown = "measured on a busy machine" if busy else f"{found['exponent']:.2f}"
+            lines.append(f"| {title} | {name} | {ends[0]} | {ends[1]} | {shown} |")
     return "\n".join(lines)
+
+
+def line_threads(line: dict[str, Any]) -> list[int]:
+    return [size for found in line["contestants"].values() for size in found["sizes"]]
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

@@ -6,13 +6,15 @@ ours gets packed tokens. The limit is `torch.bmm` (MKL or oneDNN sgemm) of the s
 forward, 7 with backward. The share of the peak counts the causal triangle only, against `torch.mm` of 512 x 512 in the same rounds.
 Memory freed by one call is kept for the next (glibc's malloc would give it back, and everybody would mostly measure page faults).
 Torch's nested tensors take part by their matmul and softmax: on the CPU their scaled_dot_product_attention takes neither a mask
-nor is_causal, and the jagged layout has no matmul of two ragged tensors.
+nor is_causal, and the jagged layout has no matmul of two ragged tensors. FlexAttention (its bias a score_mod that reads the table) has no
+backward pass on the CPU, and takes part forward.
 
 The two-sided case (causal=False, a bias for each distance of both signs) is against eager PyTorch and its attention with a float mask,
 both padded, the keys of the padding hidden.
 """
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from benchmarks.common import RESULTS, compare, keep_memory, recording, table
@@ -28,6 +31,7 @@ from cafe_kernels.attention import distance_attention
 
 OURS, EAGER, SDPA, LOOP = "distance_attention", "eager, padded", "SDPA with a float mask, padded", "SDPA a sequence"
 NESTED = "eager, nested tensors"
+FLEX = "FlexAttention, compiled, padded"  # forward: on the CPU it has no backward pass
 LIMIT = "the products alone (bmm)"
 PEAK = "torch.mm, 512 x 512"
 # How many users of Amazon Beauty (5-core) have a history of 0, 1, 2, ... 50 or more items: 8.9 on average.
@@ -56,6 +60,18 @@ def eager(q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor) -> Tensor:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor) -> Tensor:
     return scaled_dot_product_attention(q, k, v, bias(log_theta, q.shape[2])[None])
+
+
+@cache
+def compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor) -> Tensor:
+    def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return torch.where(i >= j, s + log_theta[h, (i - j).clamp(min=0)], -float("inf"))
+
+    return compiled_flex()(q, k, v, score_mod=score)
 
 
 def sdpa_loop(q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor, lengths: list[int]) -> Tensor:
@@ -124,6 +140,8 @@ def contestants(name: str, backward: bool, dim: int) -> dict[str, Callable[[Simp
         LOOP: lambda x: run(sdpa_loop, x, (*x.packed, x.log_theta), x.lengths),
         NESTED: lambda x: run(eager_nested, x, (*x.packed, x.log_theta), x.lengths),
     }
+    if not backward:
+        found[FLEX] = lambda x: run(flex, x, (*x.padded, x.log_theta))
     return found if name.startswith("Beauty") else found | {LIMIT: products}
 
 
@@ -183,7 +201,9 @@ def fresh(x: SimpleNamespace) -> SimpleNamespace:
 def check_agreement(x: SimpleNamespace) -> None:
     """All contestants compute the same."""
     ours = attend(*x.packed, x.log_theta, x.cu_seqlens)
-    for out in (eager(*x.padded, x.log_theta), sdpa(*x.padded, x.log_theta)):
+    with torch.no_grad():
+        flexed = flex(*x.padded, x.log_theta)
+    for out in (eager(*x.padded, x.log_theta), sdpa(*x.padded, x.log_theta), flexed):
         packed = torch.cat([row[0, :length] for row, length in zip(out, x.lengths, strict=True)])
         torch.testing.assert_close(packed, ours[:, 0], rtol=1e-4, atol=1e-5)
     for packed_peer in (sdpa_loop, eager_nested):

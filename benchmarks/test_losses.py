@@ -83,7 +83,14 @@ def check_agreement(x: SimpleNamespace) -> None:
 @pytest.fixture(scope="module")
 def record(pytestconfig: pytest.Config) -> Iterator[dict[str, Any]]:
     keep_memory()
-    empty: dict[str, Any] = {"ours": [OURS], "threads": 1, "tokens": TOKENS, "dim": DIM, "cases": {}, "peak_megabytes": {}}
+    empty: dict[str, Any] = {
+        "ours": [OURS],
+        "threads": 1,
+        "tokens": TOKENS,
+        "dim": DIM,
+        "cases": {},
+        "peak_megabytes": {},
+    }
     with recording("losses", pytestconfig, empty) as record:
         yield record
 

@@ -30,7 +30,8 @@ V = 1_910_000
 
 @pytest.fixture(scope="module")
 def record(pytestconfig: pytest.Config) -> Iterator[dict[str, Any]]:
-    empty: dict[str, Any] = {"ours": ["lazy", "exact", "V="], "threads": 1, "rows": ROWS, "dim": DIM, "clock": "thread CPU time", "cases": {}}
+    what = {"rows": ROWS, "dim": DIM, "clock": "thread CPU time"}
+    empty: dict[str, Any] = {"ours": ["lazy", "exact", "V="], "threads": 1, **what, "cases": {}}
     with recording("optim", pytestconfig, empty) as record:
         yield record["cases"]
 
@@ -62,7 +63,9 @@ def state_of_a_long_run(optimizer: RowSparseAdam, table: Tensor, mode: str) -> N
         state["last_step"].copy_((PAST - 1 - gap).clamp(min=0))
 
 
-def measure(v: int, dtype: torch.dtype, make: Callable[[Tensor], Any], cold: bool = True, dense: bool = False) -> list[float]:
+def measure(
+    v: int, dtype: torch.dtype, make: Callable[[Tensor], Any], cold: bool = True, dense: bool = False
+) -> list[float]:
     """Seconds of each step of the optimizer that `make` gives to a new table."""
     table = torch.nn.Parameter(torch.empty(v, DIM, dtype=dtype).fill_(0.1))
     step = make(table)

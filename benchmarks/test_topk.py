@@ -93,7 +93,14 @@ def scaled_up() -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def record(pytestconfig: pytest.Config) -> Iterator[dict[str, Any]]:
     keep_memory()
-    empty: dict[str, Any] = {"ours": [OURS], "threads": torch.get_num_threads(), "items": ITEMS, "dim": DIM, "k": K, "cases": {}}
+    empty: dict[str, Any] = {
+        "ours": [OURS],
+        "threads": torch.get_num_threads(),
+        "items": ITEMS,
+        "dim": DIM,
+        "k": K,
+        "cases": {},
+    }
     with recording("topk", pytestconfig, empty) as record:
         yield record["cases"]
 
@@ -153,11 +160,9 @@ def listing(title: str, median: dict[str, float], first: dict[str, float]) -> st
     return "\n".join(["", *lines])
 
 
-def timed(
-    contestants: dict[str, Callable[[], Any]], rounds: int
-) -> tuple[dict[str, Any], Medians, Medians, Spread]:
-    """The contestants' results, their median seconds over interleaved calls, the first call's, and the quartiles. Calls take seconds, and find the
-    caches as another contestant left them."""
+def timed(contestants: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, Any], Medians, Medians, Spread]:
+    """The contestants' results, their median seconds over interleaved calls, the first call's, and the quartiles. Calls take seconds,
+    and find the caches as another contestant left them."""
     results: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
@@ -224,7 +229,8 @@ def test_rank_of_the_answer(data: SimpleNamespace, record: dict[str, Any], capsy
     assert ((ours - theirs).abs() <= 3 + 1e-4 * theirs).all()  # torch's scores are rounded otherwise
     rate = USERS / steady[OURS + ".count_above"]
     record[f"{data.name} rank"] = {
-        "median_seconds": steady, "quartiles": spread, "first_seconds": first, "users_per_second": rate, "median_rank": float(ours.float().median()),
+        "median_seconds": steady, "quartiles": spread, "first_seconds": first, "users_per_second": rate,
+        "median_rank": float(ours.float().median()),
         "hours_for_131000_users": FULL_USERS / rate / 3600,
     }  # fmt: skip
     with capsys.disabled():

@@ -54,6 +54,26 @@ class Data:
         return torch.from_numpy(rows)
 
 
+def ten_best(data: Data, scores: Scores) -> np.ndarray:
+    """int64 (users, 10): the items of each of `data.users` that score best, without the excluded ones.
+
+    Raises:
+        ValueError: a score is NaN.
+    """
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(data.users), USERS_AT_ONCE):
+            stop = min(start + USERS_AT_ONCE, len(data.users))
+            values = scores(data.users[start:stop]).float().clone()
+            if values.isnan().any():
+                raise ValueError("NaN among the scores")
+            indptr = data.excluded_indptr[start : stop + 1]
+            rows = np.repeat(np.arange(stop - start), np.diff(indptr))
+            values[torch.from_numpy(rows), torch.from_numpy(data.excluded[indptr[0] : indptr[-1]])] = -torch.inf
+            parts.append(values.topk(10).indices)
+    return torch.cat(parts).numpy()
+
+
 class Contestant:
     """The turns of one process: `settings` and `data` are what it was started with; call `start()` when all is set up, and
     `epoch_done` after each epoch, until it says that it is over."""
@@ -96,7 +116,7 @@ class Contestant:
             extra()
             self._added = time.perf_counter() - began[0], time.process_time() - began[1]
         self._turn += 1
-        np.save(self._top, self._best(scores))
+        np.save(self._top, ten_best(self.data, scores))
         self._say(
             {
                 "epoch": self._epoch,
@@ -107,21 +127,6 @@ class Contestant:
             }
         )
         return self._wait()
-
-    def _best(self, scores: Scores) -> np.ndarray:
-        """int64 (users, 10): the ten best items of each user, without those excluded."""
-        parts = []
-        with torch.inference_mode():
-            for start in range(0, len(self.data.users), USERS_AT_ONCE):
-                stop = min(start + USERS_AT_ONCE, len(self.data.users))
-                values = scores(self.data.users[start:stop]).float().clone()
-                if values.isnan().any():
-                    raise ValueError("NaN among the scores")
-                indptr = self.data.excluded_indptr[start : stop + 1]
-                rows = np.repeat(np.arange(stop - start), np.diff(indptr))
-                values[torch.from_numpy(rows), torch.from_numpy(self.data.excluded[indptr[0] : indptr[-1]])] = -torch.inf
-                parts.append(values.topk(10).indices)
-        return torch.cat(parts).numpy()
 
     def _say(self, line: dict[str, Any]) -> None:
         self._out.write(json.dumps(line) + "\n")

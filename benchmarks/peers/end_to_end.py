@@ -34,7 +34,6 @@ import numpy as np
 
 from benchmarks.common import RESULTS, find_data, read, write
 from benchmarks.peers import env
-from cafe.data.dataset import Dataset
 from cafe.data.prepare import prepare
 
 COMMON = {"dim": 64, "max_len": 50, "layers": 2, "heads": 1, "dropout": 0.3, "batch_size": 128, "lr": 1e-3}
@@ -95,6 +94,11 @@ def seconds_to(curve: Curve, value: float, clock: str = "cpu_seconds") -> float 
 
 def final(curve: Curve) -> float:
     return max(epoch["ndcg@10"] for epoch in curve)
+
+
+def waited(curve: Curve) -> int:
+    """Turns since the best one."""
+    return len(curve) - 1 - int(np.argmax([line["ndcg@10"] for line in curve]))
 
 
 def reference(curves: dict[str, Curve]) -> str | None:
@@ -172,10 +176,8 @@ class Process:
         return json.loads(line)
 
     def going(self, epochs: int, patience: int, budget: float) -> bool:
-        values = [line["ndcg@10"] for line in self.curve]
-        waited = len(values) - 1 - int(np.argmax(values))
         budget *= self.budget_times
-        return self.curve[-1]["epoch"] < epochs and waited < patience and self.spent < budget
+        return self.curve[-1]["epoch"] < epochs and waited(self.curve) < patience and self.spent < budget
 
 
 def run(
@@ -224,23 +226,25 @@ def run(
 
 
 def summary(record: dict[str, Any]) -> str:
-    """A Markdown table: what each contestant reached, and how long it took to what RecTools reached."""
+    """A Markdown table: what each contestant reached, and how long it took to what RecTools reached. A + at the epochs says that they
+    ended by the budget or a cut, and might have got better."""
     curves: dict[str, Curve] = record["curves"]
     theirs = reference(curves)
     value = None if theirs is None else final(curves[theirs])
     base = None if theirs is None or value is None else seconds_to(curves[theirs], value)
     lines = [
-        "| contestant | epochs | best NDCG@10 | CPU s to it | CPU s an epoch | memory, MB (beyond start) | CPU s to RecTools' best | times shorter |",
+        "| contestant | epochs | best NDCG@10 | CPU s to it | CPU s an epoch | memory, MB (beyond start) "
+        "| CPU s to RecTools' best | times shorter |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, curve in curves.items():
-        best = final(curve)
+        best, epochs = final(curve), curve[-1]["epoch"]
         reached = None if value is None else seconds_to(curve, value)
         peaks = [max(epoch[key] for epoch in curve) / 1e6 for key in ("peak_bytes", "peak_beyond_start_bytes")]
         lines.append(
-            f"| {name} | {curve[-1]['epoch']} | {best:.4f} | {seconds_to(curve, best):.1f} | {curve[-1]['cpu_seconds'] / curve[-1]['epoch']:.2f} "
-            f"| {peaks[0]:.0f} ({peaks[1]:.0f}) | {'-' if reached is None else f'{reached:.1f}'} "
-            f"| {'-' if reached is None or base is None else f'{base / reached:.1f}'} |"
+            f"| {name} | {epochs}{'+' if waited(curve) < record['patience'] else ''} | {best:.4f} | {seconds_to(curve, best):.1f} "
+            f"| {curve[-1]['cpu_seconds'] / epochs:.2f} | {peaks[0]:.0f} ({peaks[1]:.0f}) "
+            f"| {'-' if reached is None else f'{reached:.1f}'} | {'-' if reached is None or base is None else f'{base / reached:.1f}'} |"
         )
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """The contestant of end_to_end.py that RecBole trains: its SASRec, by its own data loader and trainer.
 
-RecBole makes a training sequence of every prefix of a history and predicts what follows its end alone, so that one of its epochs reads each item
-many times. All that is not COMMON is its default: a feed-forward part of 256, GELU, no biased first step. Histories are padded on the
+RecBole makes a training sequence of every prefix of a history and predicts what follows its end alone, so that one of its epochs reads an
+item many times. All that is not COMMON is its default: a feed-forward part of 256, GELU, no biased first step. Histories are padded on the
 right.
 """
 
