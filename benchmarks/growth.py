@@ -5,8 +5,8 @@
 
 Each line is one op as one number grows, ours and the peer's in turns in one run, in CPU seconds of the process on one thread; the lines
 over threads are in wall seconds, and mean something on an idle machine only. The exponent is the slope of the least-squares line through
-log seconds against log of what grows: 0 says that the cost does not depend on it, 1 that it is proportional, 2 that it is quadratic; -1 over
-threads is a perfect division of labour.
+log seconds against log of what grows: 0 says that the cost does not depend on it, 1 that it is proportional, 2 that it is quadratic; -1
+over threads is a perfect division of labour.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 A step is all that a model does with its table: look up 9,600 different random rows, other ones at every step, get a gradient for each,
 update the table. FBGEMM's `SplitTableBatchedEmbeddingBagsCodegen` fuses backward and optimizer, but on the CPU it has no Adam: the nearest
-that 1.8.0 has is Adagrad, with one moment to an entry where Adam has two, and rowwise Adagrad with one to a row. SGD, with none, is the floor. V
-rows of 128, float32, one thread, process CPU seconds, in turns in one process; between calls 64 MB are written, as a model does.
+that 1.8.0 has is Adagrad, with one moment to an entry where Adam has two, and rowwise Adagrad with one to a row. SGD, with none, is the
+floor. V rows of 128, float32, one thread, process CPU seconds, in turns in one process; between calls 64 MB are written, as a model does.
 """
 
 import argparse
