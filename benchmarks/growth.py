@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import RESULTS, keep_memory, quartiles, read, write
+from benchmarks.common import RESULTS, busy, keep_memory, quartiles, read, write
 from cafe_kernels import AliasSampler, RowSparseAdam, TopKIndex, sampled_bce
 from cafe_kernels.attention import distance_attention
 
@@ -192,20 +192,19 @@ def measure_all() -> dict[str, Any]:
 
 
 def table(record: dict[str, Any], head: bool = True) -> str:
-    """Over threads without the exponent, where the machine was busy while it was measured."""
     lines = ["| what, by what | contestant | from | to | exponent |", "|---|---|--:|--:|--:|"] if head else []
-    load = record.get("machine", {}).get("load_average")
     for title, line in record["lines"].items():
-        busy = line["grows"] == "threads" and load is not None and load[1] > max(line_threads(line))
         for name, found in line["contestants"].items():
             ends = [f"{found['sizes'][i]:,}: {1e3 * found['seconds'][i]:.3g} ms" for i in (0, -1)]
-            shown = "measured on a busy machine" if busy else f"{found['exponent']:.2f}"
-            lines.append(f"| {title} | {name} | {ends[0]} | {ends[1]} | {shown} |")
+            lines.append(f"| {title} | {name} | {ends[0]} | {ends[1]} | {shown_exponent(record, line, found)} |")
     return "\n".join(lines)
 
 
-def line_threads(line: dict[str, Any]) -> list[int]:
-    return [size for found in line["contestants"].values() for size in found["sizes"]]
+def shown_exponent(record: dict[str, Any], line: dict[str, Any], found: dict[str, Any]) -> str:
+    """Over threads there is none where the machine was busy while it was measured."""
+    if line["grows"] == "threads" and "machine" in record and busy(record):
+        return "measured on a busy machine"
+    return f"{found['exponent']:.2f}"
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -219,7 +218,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     for panel, (title, line) in zip(axes.flat, record["lines"].items(), strict=False):
         for name, found in line["contestants"].items():
             low, high = np.array(found["quartiles"]).T * 1e3
-            label = f"{name}: {found['exponent']:.2f}"
+            label = f"{name}: {shown_exponent(record, line, found)}"
             panel.plot(found["sizes"], np.array(found["seconds"]) * 1e3, marker="o", markersize=4, label=label)
             panel.fill_between(found["sizes"], low, high, alpha=0.2)
         panel.set(xscale="log", yscale="log", xlabel=line["grows"], ylabel="ms", title=title.rsplit(", by", 1)[0])

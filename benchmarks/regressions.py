@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import read
+from benchmarks.common import busy, read
 
 UNKNOWN_NOISE = 0.1
 
@@ -120,7 +120,11 @@ def main() -> None:
     found = []
     try:
         for old, new in pairs(given.old, given.new):
-            found += [(new.stem, change) for change in changes(read(old), read(new))]
+            records = read(old), read(new)
+            found += [(new.stem, change) for change in changes(*records)]
+            for path, how in zip((old, new), map(busy, records), strict=True):
+                if how is not None:
+                    print(f"{path} was measured on a busy machine ({how}): what follows of it may be noise")
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

@@ -135,12 +135,10 @@ def timing(noise=0.02, **seconds):
     }
 
 
-def record(noise=0.02, **cases):
-    return {
-        "version": common.VERSION,
-        "ours": ["ours"],
-        "cases": {case: timing(noise, **s) for case, s in cases.items()},
-    }
+def record(noise=0.02, load=None, **cases):
+    machine = {"load_average": load and [load] * 3, "cores": 2}
+    timings = {case: timing(noise, **s) for case, s in cases.items()}
+    return {"version": common.VERSION, "machine": machine, "ours": ["ours"], "cases": timings}
 
 
 OLD = record(a={"ours": 1.0, "peer": 4.0}, b={"ours, twice": 2.0, "peer": 4.0, "other": 3.0})
@@ -183,14 +181,17 @@ def test_regressions_exit_status(tmp_path, monkeypatch, capsys):
             regressions.main()
         return stopped.value.code
 
-    slow = record(a={"ours": 1.3, "peer": 4.0})
+    slow = record(load=3.0, a={"ours": 1.3, "peer": 4.0})
     for name, content in (("old", OLD), ("new", slow), ("other", record(c={"ours": 1.0}))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.json").write_text(json.dumps(content))
     old, new, other = (tmp_path / name for name in ("old", "new", "other"))
     assert status(old / "x.json", old / "x.json") == 0
+    assert "busy" not in capsys.readouterr().out
     assert status(old, new) == 1
-    assert "SLOWER x: cases / a: ours: 1e+03 -> 1.3e+03 ms, 1.30 x" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "SLOWER x: cases / a: ours: 1e+03 -> 1.3e+03 ms, 1.30 x" in printed
+    assert f"{new / 'x.json'} was measured on a busy machine (load average 3.0 on 2 cores)" in printed
     assert status(old, new, "--least", 0.5) == 0
     assert status(old, other) == 2
     assert "nothing to compare" in capsys.readouterr().err
@@ -244,7 +245,7 @@ def test_growth_fits_the_exponent():
 @pytest.mark.parametrize(("load", "shown"), [(0.4, "-0.90 |"), (5.0, "measured on a busy machine |")])
 def test_growth_over_threads_means_nothing_on_a_busy_machine(load, shown):
     line = {"grows": "threads", "contestants": {"x": {"sizes": [1, 2], "seconds": [1.0, 0.5], "exponent": -0.9}}}
-    found = growth.table({"machine": {"load_average": [load] * 3}, "lines": {"x, by threads": line}})
+    found = growth.table({"machine": {"load_average": [load] * 3, "cores": 2}, "lines": {"x, by threads": line}})
     assert found.splitlines()[-1].endswith(shown)
 
 

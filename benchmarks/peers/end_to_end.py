@@ -260,6 +260,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
         style = "-" if name.startswith(OURS) else "--"
         axes.plot([e["cpu_seconds"] for e in curve], [e["ndcg@10"] for e in curve], style, marker=".", label=name)
     axes.set(xscale="log", xlabel="CPU seconds of training", ylabel="validation NDCG@10, whole catalog")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.set_title(f"{record['data']}, one process and {record['threads']} thread each")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
