@@ -7,7 +7,7 @@ QUICK := "test_attention.py::test_attention[n=50-64]" "test_attention.py::test_a
 	"test_losses.py::test_losses[V=10k]" "test_sampler.py::test_sampler[1910000-3200]" test_optim.py::test_against_torch \
 	test_training.py::test_speed
 
-.PHONY: demo test lint gate bench bench-quick clean
+.PHONY: demo test lint gate bench bench-quick bench-peers clean
 
 .venv/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,14 @@ bench: .venv/installed
 
 bench-quick: .venv/installed
 	cd benchmarks && CAFE_RESULTS=../build/bench-quick OMP_NUM_THREADS=1 ../$(BIN)/python -m pytest -c ../pyproject.toml $(QUICK)
+
+bench-peers: .venv/installed
+	$(BIN)/python -m benchmarks.peers.end_to_end
+	$(BIN)/python -m benchmarks.peers.env recbole benchmarks.peers.sampler
+	$(BIN)/python -m benchmarks.peers.env fbgemm benchmarks.peers.optimizers
+	$(BIN)/python -m benchmarks.peers.env --threads 2 search benchmarks.peers.search
+	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf .venv build demo *.egg-info cafe_kernels/*.so

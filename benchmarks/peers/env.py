@@ -63,15 +63,16 @@ def _pins(name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=NAMES)
-    parser.add_argument("module", nargs="?", help="run with this module's arguments after it")
     parser.add_argument("--threads", type=int, default=1)
-    given, rest = parser.parse_known_args()
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("module", nargs="?", help="run this module in it")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the module")
+    given = parser.parse_args()
     python = python_of(given.name)
     if given.module is None:
         print(python)
         return
-    command = [str(python), "-m", given.module, *rest]
+    command = [str(python), "-m", given.module, *given.arguments]
     raise SystemExit(subprocess.run(command, cwd=ROOT, env=environment(given.threads)).returncode)
 
 

@@ -1,6 +1,6 @@
 """Exact top-10 by inner product: TopKIndex against faiss flat, usearch's exact search, implicit's topk and torch.
 
-    python -m benchmarks.peers.env search benchmarks.peers.search [--threads 2] [--items 1000000]   # writes results/peers_search.json
+    python -m benchmarks.peers.env [--threads 2] search benchmarks.peers.search [--items 1000000]   # writes results/peers_search.json
 
 Random tables and users: nothing can be skipped. 256 users and one, d = 128, in turns in one process; answers are compared to torch's. Wall
 seconds, since all have their own threads, and process CPU seconds beside them. No peer has the joint score: that comparison is in
