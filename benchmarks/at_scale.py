@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks.common import machine, write
+from benchmarks.common import RESULTS, machine, read, write
 from benchmarks.test_training import Trainer
 from cafe.batches import prefetch
 from cafe.config import Config
@@ -74,7 +74,9 @@ def stages(
         for stage, found in results[name].items():
             print(f"{stage:<12}{found['seconds']:>10.1f}{found['peak_bytes'] / 1e9:>10.2f}")
         print(f"table and two moments: {tables / 1e9:.2f} GB; target for training: <= {limit / 1e9:.2f} GB\n")
-    write("at_scale_stages", {"dim": DIM, "evaluated_users": USERS, "presets": results})
+    path = RESULTS / "at_scale_stages.json"
+    former = read(path)["presets"] if path.exists() else {}  # of presets that were not measured now
+    write("at_scale_stages", {"ours": [""], "dim": DIM, "evaluated_users": USERS, "presets": former | results})
 
 
 def folded(dataset: Dataset, items: int) -> Dataset:
@@ -121,7 +123,14 @@ def steps(work: Path = Path("runs/scale")) -> None:
         for size in sizes:
             for _ in range(WINDOW):
                 all_steps[size].step()
-    record: dict[str, Any] = {"threads": 1, "dim": DIM, "windows": WINDOWS, "steps_a_window": WINDOW, "sizes": {}}
+    record: dict[str, Any] = {
+        "ours": [""],
+        "threads": 1,
+        "dim": DIM,
+        "windows": WINDOWS,
+        "steps_a_window": WINDOW,
+        "sizes": {},
+    }
     print(f"{'items':>12}{'ms a step':>12}{'x smallest':>12}{'waiting':>10}")
     base = statistics.median(all_steps[SIZES[0]].seconds[WINDOW:])
     for size, done in all_steps.items():

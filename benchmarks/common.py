@@ -1,12 +1,13 @@
 """What every benchmark shares: contestants timed interleaved in one run, medians, a table of ratios, a JSON record."""
 
 import ctypes
+import importlib.metadata
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+VERSION = 2  # of the results' format, see `write`
+RESULTS = Path(os.environ.get("CAFE_RESULTS", Path(__file__).parent / "results"))
+Medians = dict[str, float]  # seconds a call of each contestant
+Spread = dict[str, list[float]]  # the first and third quartile of the same
 
 
 def keep_memory() -> None:
@@ -29,8 +33,8 @@ def keep_memory() -> None:
 
 def compare(
     contestants: dict[str, Callable[[Any], Any]], prepare: Callable[[int], Any], seconds: float = 15, rounds: int = 200
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds a call of each contestant, when it goes on calling and when it comes after another one.
+) -> tuple[Medians, Medians, Spread]:
+    """Median seconds a call of each contestant, when it goes on calling and when it comes after another one; and the first's quartiles.
 
     Every round gives each contestant three calls, in a new random order of contestants. The first finds the caches as
     another one left them, which counts as `after`; the other two count as `steady`. Each call is on a fresh
@@ -49,8 +53,12 @@ def compare(
                 began = time.perf_counter()
                 contestants[name](given)
                 times[name].append(time.perf_counter() - began)
-    medians = ({name: statistics.median(t) for name, t in times.items()} for times in (steady, after))
-    return next(medians), next(medians)
+    medians = [{name: statistics.median(t) for name, t in times.items()} for times in (steady, after)]
+    return medians[0], medians[1], {name: quartiles(t) for name, t in steady.items()}
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return np.quantile(values, [0.25, 0.75]).tolist()
 
 
 def table(title: str, steady: dict[str, float], after: dict[str, float], ours: str) -> str:
@@ -64,27 +72,59 @@ def table(title: str, steady: dict[str, float], after: dict[str, float], ours: s
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """What the figures were measured on, and how busy it was: the load averages of 1, 5 and 15 minutes at the end of the measurement."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.split(": ")[1] for line in cpuinfo.splitlines() if line.startswith("model name")]
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "torch": torch.__version__,
+        "load_average": list(os.getloadavg()),
     }
 
 
-def write(name: str, record: dict[str, Any]) -> Path:
-    """results/`name`.json: the machine and `record`; a run that is cut off leaves the former file whole."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python, numpy, torch and `packages`."""
+    given = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__, **given}
+
+
+def write(name: str, record: dict[str, Any], folder: Path = RESULTS, packages: Sequence[str] = ()) -> Path:
+    """`folder`/`name`.json: the format's version, the machine, the versions (also of `packages`) and `record`. A run that is cut off
+    leaves the former file whole.
+
+    What `benchmarks.regressions` compares are all {"median_seconds": {contestant: seconds}, "quartiles": {contestant: [first, third]}}
+    in `record`, wherever they are; record["ours"] says how the names of the contestants that are this library's begin."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({"machine": machine(), **record}, indent=2) + "\n")
+    head = {"version": VERSION, "machine": machine(), "versions": versions(*packages)}
+    unfinished.write_text(json.dumps({**head, **record}, indent=2) + "\n")
     unfinished.replace(path)
     return path
+
+
+def busy(record: dict[str, Any]) -> str | None:
+    """How busy the machine was while `record` was measured, if there were more running processes than cores."""
+    load, cores = record["machine"]["load_average"], record["machine"]["cores"]
+    return f"load average {load[1]:.1f} on {cores} cores" if load and load[1] > cores else None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `write` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no results file, or one of another version.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or measure again") from None
+    found = record.get("version") if isinstance(record, dict) else None
+    if found != VERSION:
+        raise ValueError(f"{path} has results of version {found}, expected {VERSION}: measure again")
+    return record
 
 
 @contextmanager
@@ -93,7 +133,7 @@ def recording(name: str, config: Any, record: dict[str, Any]) -> Iterator[dict[s
     capture. A run of some cases (-k) replaces those only: fields of `record` that are empty start as they were written last.
     `config` is the fixture pytestconfig."""
     path = RESULTS / f"{name}.json"
-    former = json.loads(path.read_text()) if path.exists() else {}
+    former = read(path) if path.exists() else {}
     record |= {key: former.get(key, value) for key, value in record.items() if value == {}}
     before = torch.get_num_threads()
     torch.set_num_threads(record["threads"])

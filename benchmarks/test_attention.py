@@ -6,13 +6,15 @@ ours gets packed tokens. The limit is `torch.bmm` (MKL or oneDNN sgemm) of the s
 forward, 7 with backward. The share of the peak counts the causal triangle only, against `torch.mm` of 512 x 512 in the same rounds.
 Memory freed by one call is kept for the next (glibc's malloc would give it back, and everybody would mostly measure page faults).
 Torch's nested tensors take part by their matmul and softmax: on the CPU their scaled_dot_product_attention takes neither a mask
-nor is_causal, and the jagged layout has no matmul of two ragged tensors.
+nor is_causal, and the jagged layout has no matmul of two ragged tensors. FlexAttention (its bias a score_mod that reads the table) has no
+backward pass on the CPU, and takes part forward.
 
 The two-sided case (causal=False, a bias for each distance of both signs) is against eager PyTorch and its attention with a float mask,
 both padded, the keys of the padding hidden.
 """
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from benchmarks.common import RESULTS, compare, keep_memory, recording, table
@@ -28,6 +31,7 @@ from cafe_kernels.attention import distance_attention
 
 OURS, EAGER, SDPA, LOOP = "distance_attention", "eager, padded", "SDPA with a float mask, padded", "SDPA a sequence"
 NESTED = "eager, nested tensors"
+FLEX = "FlexAttention, compiled, padded"  # forward: on the CPU it has no backward pass
 LIMIT = "the products alone (bmm)"
 PEAK = "torch.mm, 512 x 512"
 # How many users of Amazon Beauty (5-core) have a history of 0, 1, 2, ... 50 or more items: 8.9 on average.
@@ -56,6 +60,18 @@ def eager(q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor) -> Tensor:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor) -> Tensor:
     return scaled_dot_product_attention(q, k, v, bias(log_theta, q.shape[2])[None])
+
+
+@cache
+def compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor) -> Tensor:
+    def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return torch.where(i >= j, s + log_theta[h, (i - j).clamp(min=0)], -float("inf"))
+
+    return compiled_flex()(q, k, v, score_mod=score)
 
 
 def sdpa_loop(q: Tensor, k: Tensor, v: Tensor, log_theta: Tensor, lengths: list[int]) -> Tensor:
@@ -124,13 +140,15 @@ def contestants(name: str, backward: bool, dim: int) -> dict[str, Callable[[Simp
         LOOP: lambda x: run(sdpa_loop, x, (*x.packed, x.log_theta), x.lengths),
         NESTED: lambda x: run(eager_nested, x, (*x.packed, x.log_theta), x.lengths),
     }
+    if not backward:
+        found[FLEX] = lambda x: run(flex, x, (*x.padded, x.log_theta))
     return found if name.startswith("Beauty") else found | {LIMIT: products}
 
 
 @pytest.fixture(scope="module")
 def record(pytestconfig: pytest.Config) -> Iterator[dict[str, Any]]:
     keep_memory()
-    with recording("attention", pytestconfig, {"threads": 1, "cases": {}, "growth": {}}) as record:
+    with recording("attention", pytestconfig, {"ours": [OURS], "threads": 1, "cases": {}, "growth": {}}) as record:
         yield record
 
 
@@ -143,7 +161,7 @@ def test_attention(
     check_agreement(cases[0])
     for backward in (False, True):
         what = f"{name}, head width {dim}, forward" + (" + backward" if backward else "")
-        steady, after = compare(
+        steady, after, spread = compare(
             contestants(name, backward, dim), lambda number: fresh(cases[number % len(cases)]), seconds=4
         )
         ratios = {f"{peer} / ours": steady[peer] / steady[OURS] for peer in steady if peer not in (OURS, PEAK)}
@@ -156,6 +174,7 @@ def test_attention(
         ratios["best padded peer / ours"] = best_padded
         record["cases"][what] = {
             "median_seconds": {"steady": steady, "after_another": after},
+            "quartiles": spread,
             "ratios": ratios,
             "share_of_peak": share,
         }
@@ -182,7 +201,9 @@ def fresh(x: SimpleNamespace) -> SimpleNamespace:
 def check_agreement(x: SimpleNamespace) -> None:
     """All contestants compute the same."""
     ours = attend(*x.packed, x.log_theta, x.cu_seqlens)
-    for out in (eager(*x.padded, x.log_theta), sdpa(*x.padded, x.log_theta)):
+    with torch.no_grad():
+        flexed = flex(*x.padded, x.log_theta)
+    for out in (eager(*x.padded, x.log_theta), sdpa(*x.padded, x.log_theta), flexed):
         packed = torch.cat([row[0, :length] for row, length in zip(out, x.lengths, strict=True)])
         torch.testing.assert_close(packed, ours[:, 0], rtol=1e-4, atol=1e-5)
     for packed_peer in (sdpa_loop, eager_nested):
@@ -226,7 +247,7 @@ def test_two_sided(name: str, record: dict[str, Any], capsys: pytest.CaptureFixt
         out = peer(*x.padded, x.two_sided, x.tensor_lengths)
         same = torch.cat([row[0, :length] for row, length in zip(out, x.lengths, strict=True)])
         torch.testing.assert_close(same, ours, rtol=1e-4, atol=1e-5)
-    steady, after = compare(
+    steady, after, spread = compare(
         {
             OURS: lambda x: run(attend_two_sided, (*x.packed, x.two_sided), x.cu_seqlens),
             EAGER: lambda x: run(eager_two_sided, (*x.padded, x.two_sided), x.tensor_lengths),
@@ -237,7 +258,9 @@ def test_two_sided(name: str, record: dict[str, Any], capsys: pytest.CaptureFixt
     )
     what = f"{name}, head width 64, two-sided, forward + backward"
     ratios = {f"{peer} / ours": steady[peer] / steady[OURS] for peer in (EAGER, SDPA)}
-    record["cases"][what] = {"median_seconds": {"steady": steady, "after_another": after}, "ratios": ratios}
+    record["cases"][what] = {
+        "median_seconds": {"steady": steady, "after_another": after}, "quartiles": spread, "ratios": ratios
+    }  # fmt: skip
     with capsys.disabled():
         print(table(what, steady, after, OURS))
 
@@ -249,7 +272,7 @@ def test_growth(record: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> N
         CASES["growth"] = (max(1, 4096 // n), n)
         x = case("growth", 64, 0)
         chosen = {name: f for name, f in contestants("growth", True, 64).items() if name in medians}
-        steady, _ = compare(chosen, lambda number, x=x: x, seconds=2, rounds=30)  # type: ignore[misc]
+        steady, *_ = compare(chosen, lambda number, x=x: x, seconds=2, rounds=30)  # type: ignore[misc]
         for name, seconds in steady.items():
             medians[name].append(seconds)
     del CASES["growth"]

@@ -83,7 +83,14 @@ def check_agreement(x: SimpleNamespace) -> None:
 @pytest.fixture(scope="module")
 def record(pytestconfig: pytest.Config) -> Iterator[dict[str, Any]]:
     keep_memory()
-    empty: dict[str, Any] = {"threads": 1, "tokens": TOKENS, "dim": DIM, "cases": {}, "peak_megabytes": {}}
+    empty: dict[str, Any] = {
+        "ours": [OURS],
+        "threads": 1,
+        "tokens": TOKENS,
+        "dim": DIM,
+        "cases": {},
+        "peak_megabytes": {},
+    }
     with recording("losses", pytestconfig, empty) as record:
         yield record
 
@@ -98,10 +105,12 @@ def test_losses(catalog: str, record: dict[str, Any], benchmark: Any, capsys: py
         contestants = {f"{OURS}, sparse": step(fused, True), f"{EAGER}, sparse": step(eager, True)}
         if items < 100_000:
             contestants |= {f"{OURS}, dense": step(fused, False), f"{EAGER}, dense": step(eager, False)}
-        steady, after = compare(contestants, lambda number, cases=cases: cases[number % 4], seconds=8)  # type: ignore[misc]
+        steady, after, spread = compare(contestants, lambda number, cases=cases: cases[number % 4], seconds=8)  # type: ignore[misc]
         ratios = {peer: steady[peer] / steady[f"{OURS}, sparse"] for peer in steady}
         what = f"{name}, {catalog}"
-        record["cases"][what] = {"median_seconds": {"steady": steady, "after_another": after}, "ratios": ratios}
+        record["cases"][what] = {
+            "median_seconds": {"steady": steady, "after_another": after}, "quartiles": spread, "ratios": ratios
+        }  # fmt: skip
         with capsys.disabled():
             print(table(what, steady, after, f"{OURS}, sparse"))
             target = "none" if "shared" in name else ">= 5"

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.common import recording
+from benchmarks.common import quartiles, recording
 from cafe_kernels.optim import RowSparseAdam
 
 warnings.filterwarnings("ignore", message="Sparse invariant checks")
@@ -30,7 +30,8 @@ V = 1_910_000
 
 @pytest.fixture(scope="module")
 def record(pytestconfig: pytest.Config) -> Iterator[dict[str, Any]]:
-    empty: dict[str, Any] = {"threads": 1, "rows": ROWS, "dim": DIM, "clock": "thread CPU time", "cases": {}}
+    what = {"rows": ROWS, "dim": DIM, "clock": "thread CPU time"}
+    empty: dict[str, Any] = {"ours": ["lazy", "exact", "V="], "threads": 1, **what, "cases": {}}
     with recording("optim", pytestconfig, empty) as record:
         yield record["cases"]
 
@@ -62,8 +63,10 @@ def state_of_a_long_run(optimizer: RowSparseAdam, table: Tensor, mode: str) -> N
         state["last_step"].copy_((PAST - 1 - gap).clamp(min=0))
 
 
-def measure(v: int, dtype: torch.dtype, make: Callable[[Tensor], Any], cold: bool = True, dense: bool = False) -> float:
-    """Median seconds of a step of the optimizer that `make` gives to a new table."""
+def measure(
+    v: int, dtype: torch.dtype, make: Callable[[Tensor], Any], cold: bool = True, dense: bool = False
+) -> list[float]:
+    """Seconds of each step of the optimizer that `make` gives to a new table."""
     table = torch.nn.Parameter(torch.empty(v, DIM, dtype=dtype).fill_(0.1))
     step = make(table)
     steps = 5 if dense else 15
@@ -82,7 +85,7 @@ def measure(v: int, dtype: torch.dtype, make: Callable[[Tensor], Any], cold: boo
         times.append(time.thread_time() - began)
     del table, step, gradients
     gc.collect()
-    return statistics.median(times[3:])
+    return times[3:]
 
 
 def ours(mode: str, **options: Any) -> Callable[[Tensor], Any]:
@@ -124,7 +127,8 @@ def test_against_torch(record: dict[str, Any], capsys: pytest.CaptureFixture[str
         ("exact, again", ours("exact")),
         ("lazy, again", ours("lazy")),
     ]
-    seconds = {name: measure(V, torch.float32, make, dense="dense" in name) for name, make in contestants}
+    times = {name: measure(V, torch.float32, make, dense="dense" in name) for name, make in contestants}
+    seconds = {name: statistics.median(taken) for name, taken in times.items()}
     lazy, exact = (min(seconds[name], seconds[name + ", again"]) for name in ("lazy", "exact"))
     ratios = {
         "SparseAdam / lazy": (seconds["torch.optim.SparseAdam"] / lazy, ">= 10"),
@@ -133,7 +137,11 @@ def test_against_torch(record: dict[str, Any], capsys: pytest.CaptureFixture[str
         "exact / lazy": (exact / lazy, "<= 2"),
         "gather and scatter / lazy": (seconds["torch gather and scatter of 3 tables"] / lazy, "none"),
     }
-    record[f"V={V}"] = {"median_seconds": seconds, "ratios": {name: x for name, (x, _) in ratios.items()}}
+    record[f"V={V}"] = {
+        "median_seconds": seconds,
+        "quartiles": {name: quartiles(taken) for name, taken in times.items()},
+        "ratios": {name: x for name, (x, _) in ratios.items()},
+    }
     with capsys.disabled():
         print(f"\nV = {V:,}, {ROWS:,} rows of {DIM}, float32")
         for name, s in seconds.items():
@@ -154,13 +162,16 @@ def test_growth(cold: bool, record: dict[str, Any], capsys: pytest.CaptureFixtur
         (V, torch.bfloat16, small),
         (10_000_000, torch.bfloat16, small),
     ]
-    seconds = {
+    times = {
         f"V={v}, {str(dtype)[6:]}, {mode}": measure(v, dtype, ours(mode, **options), cold)
         for mode in ("lazy", "exact")
         for v, dtype, options in cases
     }
+    seconds = {case: statistics.median(taken) for case, taken in times.items()}
     name = "growth, " + ("cold" if cold else "warm")
-    record[name] = {"median_seconds": seconds}
+    record[name] = {
+        "median_seconds": seconds, "quartiles": {case: quartiles(taken) for case, taken in times.items()}
+    }  # fmt: skip
     with capsys.disabled():
         print(f"\n{name}")
         for case, s in seconds.items():

@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.common import keep_memory, recording
+from benchmarks.common import Medians, Spread, keep_memory, quartiles, recording
 from cafe.config import Config
 from cafe.data import simulate
 from cafe.data.prepare import prepare
@@ -93,7 +93,14 @@ def scaled_up() -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def record(pytestconfig: pytest.Config) -> Iterator[dict[str, Any]]:
     keep_memory()
-    empty: dict[str, Any] = {"threads": torch.get_num_threads(), "items": ITEMS, "dim": DIM, "k": K, "cases": {}}
+    empty: dict[str, Any] = {
+        "ours": [OURS],
+        "threads": torch.get_num_threads(),
+        "items": ITEMS,
+        "dim": DIM,
+        "k": K,
+        "cases": {},
+    }
     with recording("topk", pytestconfig, empty) as record:
         yield record["cases"]
 
@@ -153,11 +160,9 @@ def listing(title: str, median: dict[str, float], first: dict[str, float]) -> st
     return "\n".join(["", *lines])
 
 
-def timed(
-    contestants: dict[str, Callable[[], Any]], rounds: int
-) -> tuple[dict[str, Any], dict[str, float], dict[str, float]]:
-    """The contestants' results, their median seconds over interleaved calls, and the first call's. Calls take seconds, and find the
-    caches as another contestant left them."""
+def timed(contestants: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, Any], Medians, Medians, Spread]:
+    """The contestants' results, their median seconds over interleaved calls, the first call's, and the quartiles. Calls take seconds,
+    and find the caches as another contestant left them."""
     results: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
@@ -169,6 +174,7 @@ def timed(
         results,
         {name: statistics.median(s[1:]) for name, s in seconds.items()},
         {n: s[0] for n, s in seconds.items()},
+        {name: quartiles(s[1:]) for name, s in seconds.items()},
     )
 
 
@@ -188,14 +194,14 @@ def test_topk(
         contestants["torch blocks of matmul + topk"] = lambda: brute_force_blocks(data, user, scores)
     if data.faiss is not None and score == "item":
         contestants["faiss IndexFlatIP"] = lambda: data.faiss.search(user.numpy(), K)
-    theirs, steady, first = timed(contestants, 15 if users == 1 else 2)
+    theirs, steady, first, spread = timed(contestants, 15 if users == 1 else 2)
     ours = theirs.pop(OURS)
     agree = {name: float((torch.as_tensor(i) == ours.items).float().mean()) for name, (_, i) in theirs.items()}
     for name, (values, _) in theirs.items():  # other roundings, so other orders of near ties, but the same scores
         torch.testing.assert_close(torch.as_tensor(values), ours.scores, rtol=1e-4, atol=1e-4, msg=name)
     ratios = {f"{name} / ours": t / steady[OURS] for name, t in steady.items() if name != OURS}
     record[f"{data.name} {score} users={users}"] = {
-        "median_seconds": steady, "first_seconds": first, "ratios": ratios, "same_item_at_same_place": agree,
+        "median_seconds": steady, "quartiles": spread, "first_seconds": first, "ratios": ratios, "same_item_at_same_place": agree,
         "share_of_pairs_scored": ours.scored, "exact_scores_per_user": ours.exact * ITEMS,
     }  # fmt: skip
     with capsys.disabled():
@@ -218,12 +224,13 @@ def test_rank_of_the_answer(data: SimpleNamespace, record: dict[str, Any], capsy
         OURS + ".count_above": lambda: data.index.count_above(data.user, data.answers, data.scores),
         "torch matmul, compare, sum": counted,
     }
-    results, steady, first = timed(contestants, 2)
+    results, steady, first, spread = timed(contestants, 2)
     ours, theirs = results[OURS + ".count_above"][0], results["torch matmul, compare, sum"]
     assert ((ours - theirs).abs() <= 3 + 1e-4 * theirs).all()  # torch's scores are rounded otherwise
     rate = USERS / steady[OURS + ".count_above"]
     record[f"{data.name} rank"] = {
-        "median_seconds": steady, "first_seconds": first, "users_per_second": rate, "median_rank": float(ours.float().median()),
+        "median_seconds": steady, "quartiles": spread, "first_seconds": first, "users_per_second": rate,
+        "median_rank": float(ours.float().median()),
         "hours_for_131000_users": FULL_USERS / rate / 3600,
     }  # fmt: skip
     with capsys.disabled():

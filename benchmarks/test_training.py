@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.common import find_data, machine, write
+from benchmarks.common import find_data, machine, quartiles, write
 from benchmarks.peers.sasrec_padded import PaddedTrainer
 from cafe.batches import Batches
 from cafe.config import Config
@@ -118,8 +118,12 @@ def test_speed(pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]) 
     path = write(
         "training",
         {
-            "threads": 1, "windows": len(speeds[PEER]), "steps_a_window": WINDOW, "share_of_padding": padding,
+            "ours": list(RECIPES), "threads": 1, "windows": len(speeds[PEER]), "steps_a_window": WINDOW, "share_of_padding": padding,
             "tokens_per_second": medians, "ratio_to_padded": ratios, "target": {OURS: TARGET},
+            "of_1000_tokens": {
+                "median_seconds": {name: 1000 / median for name, median in medians.items()},
+                "quartiles": {name: quartiles([1000 / speed for speed in values]) for name, values in speeds.items()},
+            },
         },
     )  # fmt: skip
     with capsys.disabled():

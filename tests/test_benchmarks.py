@@ -1,0 +1,274 @@
+"""The tools of the benchmark suite: quality against time, the results' format, the report, the comparison, the fitted growth."""
+
+import gzip
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import common, growth, regressions, report
+from benchmarks.peers import end_to_end, env
+from benchmarks.peers.contestant import Data, ten_best
+from cafe.data.dataset import Dataset
+from cafe.evaluate import evaluate
+from cafe.models import Scores
+
+ITEMS = 40
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """60 users' raw files; some take an item again."""
+    rng = np.random.default_rng(0)
+    source = tmp_path / "tiny"
+    source.mkdir()
+    with gzip.open(source / "interactions.csv.gz", "wt") as file:
+        print("user,item,timestamp", file=file)
+        for user in range(60):
+            for time in range(rng.integers(2, 9)):  # with 2, a user is trained on and never ranked
+                print(f"u{user},i{rng.integers(ITEMS)},{time}", file=file)
+    with gzip.open(source / "items.csv.gz", "wt") as file:
+        print("item,intent", file=file)
+        for item in range(ITEMS):
+            print(f"i{item},c{item % 5}", file=file)
+    return source
+
+
+class Fixed:
+    """Scores that depend on the newest item alone."""
+
+    config = type("config", (), {"max_len": 50})
+
+    def __init__(self, num_items):
+        self.table = torch.randn(num_items, num_items, generator=torch.Generator().manual_seed(0))
+
+    def score(self, items, cu_seqlens, candidates=None, candidate_intents=None):
+        return Scores(self.table[items[cu_seqlens[1:].long() - 1]], None)
+
+    def join(self, item_logits, *rest, **more):
+        return item_logits
+
+
+def test_everybody_is_ranked_as_evaluate_ranks(folder, tmp_path):
+    path, answers = end_to_end.prepare_data(str(folder), tmp_path)
+    dataset, data = Dataset.load(tmp_path / "dataset"), Data(path)
+    model = Fixed(dataset.num_items)
+    top = ten_best(data, lambda users: model.table[[data.history(user)[-1] for user in users]])
+    expected = evaluate(model, dataset, "valid", "full").mean("ndcg@10")
+    assert end_to_end.ndcg_at_10(top, answers) == pytest.approx(expected)
+    assert expected > 0.05
+    assert len(data) > len(data.users) == len(answers)
+    train = dataset.train()
+    assert all((data.history(row) == train[row]).all() for row in range(len(train)))
+
+
+def test_a_contestant_trains_by_turns(folder, tmp_path):
+    out = tmp_path / "out" / "curves.json"
+    name = f"{end_to_end.OURS}SASRec paper, BCE"
+    end_to_end.run([name], str(folder), epochs=4, patience=9, budget=1e9, threads=1, seed=0, out=out)
+    record = common.read(out)
+    curve = record["curves"][name]
+    assert [line["epoch"] for line in curve] == [2, 4]
+    assert 0 < curve[0]["cpu_seconds"] < curve[1]["cpu_seconds"]
+    assert curve[0]["peak_bytes"] > 1e7
+    assert all(0 <= line["ndcg@10"] <= 1 for line in curve)
+    assert record["libraries"][name]["torch"] == torch.__version__
+
+
+def curve(*points):
+    return [
+        {"epoch": i + 1, "cpu_seconds": float(s), "wall_seconds": 2.0 * s, "ndcg@10": n, "peak_bytes": 5e8, "peak_beyond_start_bytes": 1e8}
+        for i, (s, n) in enumerate(points)
+    ]  # fmt: skip
+
+
+CURVES = {
+    "RecTools, BCE": curve((5, 0.01), (10, 0.02)),
+    "RecTools, softmax": curve((20, 0.01), (40, 0.04), (60, 0.03)),
+    "cafe: slow": curve((30, 0.05)),
+    "cafe: fast": curve((1, 0.01), (2, 0.04), (3, 0.06)),
+    "cafe: never": curve((1, 0.01)),
+}
+
+
+def test_seconds_to_a_value():
+    assert end_to_end.seconds_to(CURVES["cafe: fast"], 0.04) == 2
+    assert end_to_end.seconds_to(CURVES["cafe: fast"], 0.02, "wall_seconds") == 4
+    assert end_to_end.seconds_to(CURVES["cafe: never"], 0.04) is None
+    assert end_to_end.reference(CURVES) == "RecTools, softmax"
+    assert end_to_end.reference({"cafe: x": []}) is None
+    assert end_to_end.final(CURVES["RecTools, softmax"]) == 0.04
+    results = {"end_to_end_x": {"curves": CURVES}}
+    assert report.times_shorter("x")(results) == 40 / 2
+    assert report.times_shorter("y")(results) is None
+    rows = end_to_end.summary({"curves": CURVES, "patience": 1}).splitlines()[2:]
+    assert [row.split(" | ")[-1] for row in rows] == ["- |", "1.0 |", "1.3 |", "20.0 |", "- |"]
+    assert [row.split(" | ")[1] for row in rows] == ["2+", "3", "1+", "3+", "1+"]
+
+
+def test_results_say_their_version(tmp_path):
+    path = common.write("x", {"cases": {}}, tmp_path)
+    record = common.read(path)
+    assert record["version"] == common.VERSION
+    assert record["versions"]["torch"] == torch.__version__
+    assert len(record["machine"]["load_average"]) == 3
+    path.write_text(json.dumps({**record, "version": 1}))
+    with pytest.raises(ValueError, match=r"x\.json has results of version 1, expected 2"):
+        common.read(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"x\.json is damaged"):
+        common.read(path)
+
+
+def test_compare_has_quartiles():
+    steady, after, spread = common.compare({"a": lambda x: x, "b": lambda x: sum(range(2000))}, lambda i: i, rounds=6)
+    assert steady.keys() == after.keys() == spread.keys() == {"a", "b"}
+    assert all(low <= steady[name] <= high for name, (low, high) in spread.items())
+
+
+def timing(noise=0.02, **seconds):
+    return {
+        "median_seconds": seconds,
+        "quartiles": {name: [s * (1 - noise), s * (1 + noise)] for name, s in seconds.items()},
+    }
+
+
+def record(noise=0.02, load=None, **cases):
+    machine = {"load_average": load and [load] * 3, "cores": 2}
+    timings = {case: timing(noise, **s) for case, s in cases.items()}
+    return {"version": common.VERSION, "machine": machine, "ours": ["ours"], "cases": timings}
+
+
+OLD = record(a={"ours": 1.0, "peer": 4.0}, b={"ours, twice": 2.0, "peer": 4.0, "other": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("new", "slower", "faster"),
+    [
+        (OLD, [], []),
+        (record(a={"ours": 1.3, "peer": 4.0}, b={"ours, twice": 1.0, "peer": 4.0, "other": 3.0}), ["a"], ["b"]),
+        # a machine that is twice as slow is no regression of ours, and hides none
+        (record(a={"ours": 2.0, "peer": 8.0}, b={"ours, twice": 5.2, "peer": 8.0, "other": 6.0}), ["b"], []),
+        (record(a={"ours": 1.03, "peer": 4.0}), [], []),  # less than --least
+        (record(0.3, a={"ours": 1.3, "peer": 4.0}), [], []),  # within the noise
+    ],
+)
+def test_regressions_are_beyond_the_noise(new, slower, faster):
+    found = regressions.changes(OLD, new)
+    assert [change.case.split(" / ")[1] for change in found if change.beyond(0.05)] == slower
+    assert [change.case.split(" / ")[1] for change in found if change.gain(0.05)] == faster
+    assert {change.contestant for change in found} <= {"ours", "ours, twice"}
+
+
+def test_regressions_of_files_without_quartiles_or_peers():
+    def steps(slow):
+        return {"ours": [""], "sizes": {"10": {"median_seconds": 1.0}, "20": {"median_seconds": 1.1 * slow}}}
+
+    assert not any(change.beyond(0.05) for change in regressions.changes(steps(1.0), steps(1.1)))  # 10% each is assumed
+    assert [change.beyond(0.05) for change in regressions.changes(steps(1.0), steps(1.3))] == [False, True]
+    steady = {"median_seconds": {"steady": {"ours": 1.0, "peer": 1.0}, "after_another": {"ours": 9.0, "peer": 1.0}}}
+    assert [case for _, case in regressions.timings(steady)] == [
+        {"median_seconds": {"ours": 1.0, "peer": 1.0}, "quartiles": {}}
+    ]
+
+
+def test_regressions_exit_status(tmp_path, monkeypatch, capsys):
+    def status(*arguments):
+        monkeypatch.setattr(sys, "argv", ["regressions", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            regressions.main()
+        return stopped.value.code
+
+    slow = record(load=3.0, a={"ours": 1.3, "peer": 4.0})
+    for name, content in (("old", OLD), ("new", slow), ("other", record(c={"ours": 1.0}))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.json").write_text(json.dumps(content))
+    old, new, other = (tmp_path / name for name in ("old", "new", "other"))
+    assert status(old / "x.json", old / "x.json") == 0
+    assert "busy" not in capsys.readouterr().out
+    assert status(old, new) == 1
+    printed = capsys.readouterr().out
+    assert "SLOWER x: cases / a: ours: 1e+03 -> 1.3e+03 ms, 1.30 x" in printed
+    assert f"{new / 'x.json'} was measured on a busy machine (load average 3.0 on 2 cores)" in printed
+    assert status(old, new, "--least", 0.5) == 0
+    assert status(old, other) == 2
+    assert "nothing to compare" in capsys.readouterr().err
+    assert status(old, new / "x.json") == 2
+    assert "two files, or two folders" in capsys.readouterr().err
+
+
+def test_report_marks_what_is_missed():
+    def rows(value):
+        results = {"training": {"ratio_to_padded": {"SASRec paper": value}}}
+        return [row for row in report.targets(results).splitlines() if row.startswith("| training on Beauty")]
+
+    assert rows(11.08)[0].endswith("| 11.1x | >= 10x | yes |")
+    assert rows(9.99)[0].endswith("| **9.99x** | >= 10x | **no** |")
+    assert report.targets({}).count("not measured") == len(report.TARGETS)
+    assert report.cell(1.4, ("<=", 1.3)) == "**1.4**"
+    assert report.cell(1.4, None) == "1.4"
+
+
+def test_report_writes_between_its_markers():
+    page = "before\n<!-- report: steps -->\nold\n<!-- end of report -->\nafter\n"
+    sizes = {"10000": {"median_seconds": 0.25, "ratio_to_smallest": 1.0, "share_waiting": 0.01}}
+    new = report.written(page, {"at_scale_steps": {"sizes": sizes}})
+    assert new.startswith("before\n")
+    assert new.endswith("<!-- end of report -->\nafter\n")
+    assert "| 10,000 | 250 | 1.00 | 1.0% |" in new
+    assert "old" not in new
+    assert report.written(new, {"at_scale_steps": {"sizes": sizes}}) == new
+    with pytest.raises(ValueError, match="a marker of 'stepz'"):
+        report.written(page.replace("steps", "stepz"), {})
+    with pytest.raises(ValueError, match="without its end"):
+        report.written("<!-- report: steps -->\n" + page, {})
+
+
+def test_the_page_is_as_its_results():
+    page = report.README.read_text()
+    assert report.written(page, report.load()) == page, "run: python -m benchmarks.report"
+    assert all(report.BEGIN.format(name) in page for name in report.SECTIONS)
+
+
+def test_growth_fits_the_exponent():
+    sizes = [10, 100, 1000]
+    assert growth.exponent(sizes, [3 * size**1.5 for size in sizes]) == pytest.approx(1.5)
+    assert growth.exponent(sizes, [2, 2, 2]) == pytest.approx(0, abs=1e-12)
+    calls = {"a": lambda number: None, "b": lambda number: None}
+    assert {name: len(taken) for name, taken in growth.measure(calls, lambda: 0.0).items()} == dict.fromkeys(
+        calls, growth.ROUNDS
+    )
+
+
+@pytest.mark.parametrize(("load", "shown"), [(0.4, "-0.90 |"), (5.0, "measured on a busy machine |")])
+def test_growth_over_threads_means_nothing_on_a_busy_machine(load, shown):
+    line = {"grows": "threads", "contestants": {"x": {"sizes": [1, 2], "seconds": [1.0, 0.5], "exponent": -0.9}}}
+    found = growth.table({"machine": {"load_average": [load] * 3, "cores": 2}, "lines": {"x, by threads": line}})
+    assert found.splitlines()[-1].endswith(shown)
+
+
+def test_environments_are_made_anew_when_a_pin_changes(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setenv("CAFE_PEERS", str(tmp_path / "made"))
+    monkeypatch.setattr(env, "REQUIREMENTS", tmp_path)
+    monkeypatch.setattr(env, "NAMES", ["x"])
+    monkeypatch.setattr(env.venv, "create", lambda where, **_: where.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(env.subprocess, "run", lambda command, check: made.append(command[-1].read_text()))
+    for pins in ("a==1\n", "a==1\n", "a==2\n"):
+        (tmp_path / "x.txt").write_text(pins)
+        assert env.python_of("x") == tmp_path / "made" / "x" / "bin" / "python"
+    assert made == ["a==1\n", "a==2\n"]
+    with pytest.raises(ValueError, match="peer 'y': expected one of x"):
+        env.python_of("y")
+
+
+def test_peers_are_pinned():
+    assert env.NAMES == ["fbgemm", "recbole", "rectools", "search"]
+    for name in env.NAMES:
+        lines = (env.REQUIREMENTS / f"{name}.txt").read_text().split()
+        assert all("==" in line for line in lines)
+        assert "torch==2.13.0" in lines
+    used = {settings.get("environment", "rectools") for settings in end_to_end.CONTESTANTS.values()}
+    assert used <= set(env.NAMES)
