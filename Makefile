@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test lint gate bench clean
+.PHONY: demo test lint gate bench sanitize fuzz tsan soak coverage clean
 
 .venv/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -25,6 +25,45 @@ gate: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks -q
+
+# The extension under AddressSanitizer and UBSan, or under ThreadSanitizer, in folders of its own. The coverage is for libFuzzer.
+build/%/coverage.o: tests/fuzz_coverage.cpp
+	mkdir -p $(@D)
+	$(CXX) -std=c++17 -O2 -fPIC -c $< -o $@
+
+build/%.o: .venv/installed $(wildcard csrc/*)
+	mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -g1 -fPIC -fvisibility=hidden -pthread -Wno-psabi $(SANITIZE_$(notdir $(@D))) \
+		`$(BIN)/python -m pybind11 --includes` -c csrc/$(*F).cpp -o $@
+
+build/%/_C.so:
+	$(CXX) -shared -pthread $(SANITIZE_$*) $^ -o $@
+
+SANITIZE_asan := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fsanitize-coverage=trace-pc
+SANITIZE_tsan := -fsanitize=thread
+OBJECTS := $(patsubst csrc/%.cpp,%.o,$(wildcard csrc/*.cpp))
+build/asan/_C.so: $(addprefix build/asan/,$(OBJECTS)) build/asan/coverage.o
+build/tsan/_C.so: $(addprefix build/tsan/,$(OBJECTS))
+PRELOAD = OMP_NUM_THREADS=1 CAFE_EXTENSION=$(CURDIR)/build/$(1)/_C.so \
+	LD_PRELOAD="$(foreach lib,lib$(1) libstdc++,$(shell $(CXX) -print-file-name=$(lib).so))"
+SECONDS := 60
+
+# SECONDS of CPU time for each target; with atheris installed guided by libFuzzer.
+sanitize: build/asan/_C.so
+	$(call PRELOAD,asan) ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m tests.fuzz sampler attention losses optim topk --seconds $(SECONDS)
+
+fuzz: .venv/installed
+	$(BIN)/python -m tests.fuzz tables raw checkpoint run evaluation experiment --seconds $(SECONDS)
+
+tsan: build/tsan/_C.so
+	$(call PRELOAD,tsan) setarch -R $(BIN)/python -m tests.races --seconds $(SECONDS)
+
+soak: .venv/installed
+	$(BIN)/python -m tests.soak --minutes 60
+
+# Lines of both packages that the tests run, in Triton's interpreter too, which is a process of its own.
+coverage: .venv/installed
+	$(BIN)/python -m pytest --cov=cafe --cov=cafe_kernels --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 clean:
 	rm -rf .venv build demo *.egg-info cafe_kernels/*.so
