@@ -56,7 +56,7 @@ fuzz: .venv/installed
 	$(BIN)/python -m tests.fuzz tables raw checkpoint run evaluation experiment --seconds $(SECONDS)
 
 tsan: build/tsan/_C.so
-	$(call PRELOAD,tsan) setarch -R $(BIN)/python -m tests.races --seconds $(SECONDS)
+	$(call PRELOAD,tsan) TSAN_OPTIONS="suppressions=tests/tsan.supp halt_on_error=1" setarch -R $(BIN)/python -m tests.races --seconds $(SECONDS)
 
 soak: .venv/installed
 	$(BIN)/python -m tests.soak --minutes 60

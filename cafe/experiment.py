@@ -112,9 +112,8 @@ def read_names(folder: Path) -> tuple[dict[str, str], str]:
         ValueError: the file is damaged.
     """
     try:
-        content = (
-            json.loads((folder / NAMES).read_text()) if (folder / NAMES).is_file() else {"systems": {}, "baseline": ""}
-        )
+        none = '{"systems": {}, "baseline": ""}'
+        content = json.loads((folder / NAMES).read_text() if (folder / NAMES).is_file() else none)
         return {str(key): str(name) for key, name in content["systems"].items()}, str(content["baseline"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{folder / NAMES} is damaged: run `cafe compare --config` again, or delete it") from None
