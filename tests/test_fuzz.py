@@ -144,7 +144,7 @@ def test_memory_is_flat_over_a_thousand_calls(name):
     ],
 )  # fmt: skip
 def test_what_would_overflow_or_never_end_is_refused(refuse, message):
-    """Each of these overflowed, read out of bounds or looped for ever, which the sanitizers or the fuzzer showed."""
+    """Each of these overflowed, could read out of bounds, or looped for ever."""
     table = np.full((4, 2), 3.0, np.float32)
     ids = np.zeros(4, np.int64)
 
