@@ -7,7 +7,7 @@ QUICK := "test_attention.py::test_attention[n=50-64]" "test_attention.py::test_a
 	"test_losses.py::test_losses[V=10k]" "test_sampler.py::test_sampler[1910000-3200]" test_optim.py::test_against_torch \
 	test_training.py::test_speed
 
-.PHONY: demo test lint gate bench bench-quick bench-peers docs clean
+.PHONY: demo test lint gate bench bench-quick bench-peers docs sanitize fuzz tsan soak coverage clean
 
 .venv/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -44,6 +44,45 @@ bench-peers: .venv/installed
 	$(BIN)/python -m benchmarks.peers.env --threads 2 search benchmarks.peers.search
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.report
+
+# The extension under AddressSanitizer and UBSan, or under ThreadSanitizer, in folders of its own. The coverage is for libFuzzer.
+build/%/coverage.o: tests/fuzz_coverage.cpp
+	mkdir -p $(@D)
+	$(CXX) -std=c++17 -O2 -fPIC -c $< -o $@
+
+build/%.o: .venv/installed $(wildcard csrc/*)
+	mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -g1 -fPIC -fvisibility=hidden -pthread -Wno-psabi $(SANITIZE_$(notdir $(@D))) \
+		`$(BIN)/python -m pybind11 --includes` -c csrc/$(*F).cpp -o $@
+
+build/%/_C.so:
+	$(CXX) -shared -pthread $(SANITIZE_$*) $^ -o $@
+
+SANITIZE_asan := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fsanitize-coverage=trace-pc
+SANITIZE_tsan := -fsanitize=thread
+OBJECTS := $(patsubst csrc/%.cpp,%.o,$(wildcard csrc/*.cpp))
+build/asan/_C.so: $(addprefix build/asan/,$(OBJECTS)) build/asan/coverage.o
+build/tsan/_C.so: $(addprefix build/tsan/,$(OBJECTS))
+PRELOAD = OMP_NUM_THREADS=1 CAFE_EXTENSION=$(CURDIR)/build/$(1)/_C.so \
+	LD_PRELOAD="$(foreach lib,lib$(1) libstdc++,$(shell $(CXX) -print-file-name=$(lib).so))"
+SECONDS := 60
+
+# SECONDS of CPU time for each target; with atheris installed guided by libFuzzer.
+sanitize: build/asan/_C.so
+	$(call PRELOAD,asan) ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m tests.fuzz sampler attention losses optim topk --seconds $(SECONDS)
+
+fuzz: .venv/installed
+	$(BIN)/python -m tests.fuzz tables raw checkpoint run evaluation experiment --seconds $(SECONDS)
+
+tsan: build/tsan/_C.so
+	$(call PRELOAD,tsan) TSAN_OPTIONS="suppressions=tests/tsan.supp halt_on_error=1" setarch -R $(BIN)/python -m tests.races --seconds $(SECONDS)
+
+soak: .venv/installed
+	$(BIN)/python -m tests.soak --minutes 60
+
+# Lines of both packages that the tests run, in Triton's interpreter too, which is a process of its own.
+coverage: .venv/installed
+	$(BIN)/python -m pytest --cov=cafe --cov=cafe_kernels --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 clean:
 	rm -rf .venv build demo site *.egg-info cafe_kernels/*.so

@@ -55,11 +55,13 @@ def read_state(path: Path) -> dict[str, Any]:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: the run has no such checkpoint; train it (again)") from None
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore it or train again") from None
 
 
@@ -67,7 +69,9 @@ def _state(file: Any) -> dict[str, Any]:
     metadata = file.metadata() or {}
     if int(metadata["state_crc32"]) != zlib.crc32(metadata["state"].encode()):
         raise ValueError("its checksum differs")
-    return json.loads(metadata["state"])
+    if not isinstance(state := json.loads(metadata["state"]), dict):
+        raise ValueError("its state is no JSON object")
+    return state
 
 
 def _crc(tensors: dict[str, Tensor]) -> int:

@@ -30,6 +30,8 @@ app = typer.Typer(
 # Ids and paths may hold [ and :, so nothing printed is markup; colours are given as styles.
 out_console, err_console = (Console(stderr=stderr, markup=False, emoji=False) for stderr in (False, True))
 
+TOO_LARGE = "DefaultCPUAllocator", "Storage size calculation overflowed"
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Data = Annotated[Path | None, typer.Option(help="Prepared dataset, if not where the run was trained.")]
 
@@ -47,7 +49,7 @@ def main() -> None:
         if hasattr(error, "format_message"):  # click's own: wrong options
             _tell("error", "red", error.format_message())
             sys.exit(2)
-        if "DefaultCPUAllocator" in str(error):  # PyTorch's MemoryError is a RuntimeError
+        if any(words in str(error) for words in TOO_LARGE):  # PyTorch's MemoryError is a RuntimeError
             error = MemoryError(f"out of memory ({str(error).split('DefaultCPUAllocator: ')[-1]})")
         if not isinstance(error, (ValueError, OSError, MemoryError)) and not type(error).__module__.startswith(
             "polars"

@@ -84,8 +84,9 @@ class Config:
             if get_origin(kind) is Literal:
                 if value not in get_args(kind):
                     raise ValueError(f"{field.name}={value!r}: expected one of {', '.join(map(repr, get_args(kind)))}")
-            elif type(value) is not kind:
-                raise ValueError(f"{field.name}={value!r}: expected a value of type {kind.__name__}")  # type: ignore[union-attr]
+            elif type(value) is not kind or (kind is int and abs(value) >= 2**31):
+                limit = " below 2^31" if kind is int else ""
+                raise ValueError(f"{field.name}={value!r}: expected a value of type {kind.__name__}{limit}")  # type: ignore[union-attr]
         positive = (
             "dim",
             "heads",

@@ -159,6 +159,19 @@ class Evaluation:
         np.savez_compressed(file, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
         write_atomically({Path(path): [file.getbuffer()]})
 
+    def _fits(self) -> bool:
+        """Are all values of the kind that `evaluate` makes?"""
+        texts = self.model, self.protocol, self.split, self.dataset, self.candidates
+        counts = self.users, self.history_length, self.train_frequency, *self.greater.values(), *self.equal.values()
+        return (
+            all(type(text) is str for text in texts)
+            and all(type(text) in (str, type(None)) for text in (self.preset, self.popularity))
+            and all(type(number) is int for number in (self.seed, self.short, self.num_negatives or 0))
+            and self.greater.keys() == self.equal.keys()
+            and "item" in self.greater
+            and all(x.dtype == np.int64 and x.shape == (len(self.users),) and (x >= 0).all() for x in counts)
+        )
+
     @staticmethod
     def file_name(split: str, protocol: str) -> str:
         """Of the evaluation of everybody in a run folder."""
@@ -179,20 +192,25 @@ class Evaluation:
             OSError: it cannot be read; FileNotFoundError: no such file.
             ValueError: not such a file, a damaged one, or one of another version.
         """
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError(f"cannot read {path} as a saved evaluation: it is not a file")
         content = Path(path).read_bytes()
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 arrays: dict[str, Any] = dict(file)
             meta: dict[str, Any] = json.loads(str(arrays.pop("meta")))
-            found = meta["format"], meta["version"]
-            if found not in ((FORMAT, 1), (FORMAT, VERSION)):
-                raise ValueError(f"its format is {found[0]} {found[1]}, this release reads {FORMAT} {VERSION}")
-            if found[1] == VERSION and meta.pop("checksum") != _checksum(meta, arrays):
+            kind = meta["format"], meta["version"]
+            if kind not in ((FORMAT, 1), (FORMAT, VERSION)):
+                raise ValueError(f"its format is {kind[0]} {kind[1]}, this release reads {FORMAT} {VERSION}")
+            if kind[1] == VERSION and meta.pop("checksum") != _checksum(meta, arrays):
                 raise ValueError("it is damaged or was altered (its checksum differs)")
             del meta["format"], meta["version"]
-            for kind in ("greater", "equal"):
-                meta[kind] = {name[len(kind) + 1 :]: arrays[name] for name in arrays if name.startswith(f"{kind}/")}
-            return cls(**meta, **{name: array for name, array in arrays.items() if "/" not in name})
+            for part in ("greater", "equal"):
+                meta[part] = {name[len(part) + 1 :]: arrays[name] for name in arrays if name.startswith(f"{part}/")}
+            found = cls(**meta, **{name: array for name, array in arrays.items() if "/" not in name})
+            if not found._fits():
+                raise ValueError("its parts contradict each other")
+            return found
         except Exception as error:  # numpy and zipfile raise of many kinds for one flipped bit
             raise ValueError(f"cannot read {path} as a saved evaluation: {error}") from None
 

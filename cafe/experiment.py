@@ -70,7 +70,7 @@ def read_experiment(path: str | Path) -> Experiment:
         raise FileNotFoundError(f"{path}: no such file, nor one of the experiments that come with the package: {known}")
     try:
         content = tomllib.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: cannot be read as TOML ({error})") from None
     if unknown := content.keys() - DEFAULTS.keys() - {"systems"}:
         raise ValueError(f"{file}: unknown {', '.join(sorted(unknown))}; there are {', '.join([*DEFAULTS, 'systems'])}")
@@ -103,6 +103,20 @@ def read_experiment(path: str | Path) -> Experiment:
         return Experiment(systems, baseline, content["seeds"], checked_protocols(content["protocols"]))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def read_names(folder: Path) -> tuple[dict[str, str], str]:
+    """What the experiment in a folder calls its systems, by the names of their run folders, and its baseline; ({}, "") if there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        none = '{"systems": {}, "baseline": ""}'
+        content = json.loads((folder / NAMES).read_text() if (folder / NAMES).is_file() else none)
+        return {str(key): str(name) for key, name in content["systems"].items()}, str(content["baseline"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{folder / NAMES} is damaged: run `cafe compare --config` again, or delete it") from None
 
 
 def checked_protocols(protocols: Any) -> list[str]:
@@ -141,7 +155,7 @@ def run_experiment(
     data, out = Path(data), Path(out)
     dataset = Dataset.load(data)
     out.mkdir(parents=True, exist_ok=True)
-    former = json.loads((out / NAMES).read_text())["systems"] if (out / NAMES).exists() else {}
+    former = read_names(out)[0]
     names = {"systems": former | {slug(name): name for name in experiment.systems}, "baseline": experiment.baseline}
     write_atomically({out / NAMES: [json.dumps(names, indent=2).encode()]})
     protocols = possible_protocols(experiment.protocols, dataset)

@@ -29,7 +29,7 @@ from cafe.config import Model as Kind
 from cafe.data.dataset import Dataset
 from cafe.data.folders import write_atomically
 from cafe.evaluation import Evaluation, compare
-from cafe.experiment import NAMES, possible_protocols, ranked, slug
+from cafe.experiment import possible_protocols, ranked, read_names, slug
 from cafe.metrics import bootstrap_means, interval
 from cafe.tables import SHOWN
 from cafe.train import dataset_of, load_run, read_run
@@ -144,7 +144,7 @@ def collect(folders: Sequence[Path], data: Sequence[Path], baseline: str | None)
     groups: dict[str, Group] = {}
     notes: list[str] = []
     for folder in folders:
-        names, wanted = _names(folder)
+        names, wanted = read_names(folder)
         for run in _runs_in(folder):
             if not (run / "best.safetensors").exists() and run != folder:
                 notes.append(f"{run} is left out: it has no trained model yet")
@@ -184,22 +184,11 @@ def collect(folders: Sequence[Path], data: Sequence[Path], baseline: str | None)
     return sorted(groups.values(), key=lambda group: group.min_count), notes
 
 
-def _names(folder: Path) -> tuple[dict[str, str], str]:
-    """What an experiment calls its systems, by the names of their folders, and its baseline."""
-    try:
-        content = json.loads((folder / NAMES).read_text())
-        return dict(content["systems"]), str(content["baseline"])
-    except (FileNotFoundError, NotADirectoryError):
-        return {}, ""
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / NAMES} is damaged: run `cafe compare --config` again, or delete it") from None
-
-
 def _runs_in(folder: Path) -> list[Path]:
     """The folder itself if it is a run, else the runs in it: in the order of the experiment, or of Table 2."""
     if (folder / "config.json").exists() or not folder.is_dir():
         return [folder]  # what is not a run is refused by its name later
-    order = [slug(name) for name in _names(folder)[0].values()]
+    order = [slug(name) for name in read_names(folder)[0].values()]
     found = []
     for run in sorted(path.parent for path in folder.glob("*/config.json")):
         config = read_run(run)["config"]

@@ -17,6 +17,7 @@ To resume starts from last.safetensors alone, so a process may be killed between
 import hashlib
 import json
 import math
+import os
 import shlex
 import signal
 import time
@@ -151,7 +152,11 @@ def _train(
     state: dict[str, Any] = {"step": 0, "best": -1.0, "best_epoch": -1, "since_best": 0, "loss": 0.0, "done": False}
     state["metrics"] = []
     if resume and (out / "last.safetensors").exists():
-        state = _load(out / "last.safetensors", run_hash, partial(_restore, model, optimizers))
+        former, state = state, _load(out / "last.safetensors", run_hash, partial(_restore, model, optimizers))
+        if not _is_state(state, former, config.epochs * len(batches)):
+            raise ValueError(
+                f"{out / 'last.safetensors'} is damaged (its state is of another kind): restore it or train again"
+            )
         if state["best_epoch"] >= 0:  # refused now if damaged, and not after hours of training
             _load(out / "best.safetensors", run_hash, lambda tensors: None)
     state["run"] = run_hash
@@ -352,7 +357,9 @@ def read_run(run: Path) -> dict[str, Any]:
         ) from None
     try:
         Config(**meta["config"])
-    except (TypeError, ValueError) as error:
+        if not isinstance(meta["data"], str | None) or not isinstance(meta["fingerprint"], str):
+            raise TypeError("data and fingerprint must be text")
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{run / 'config.json'} is of another release ({error}): train again") from None
     return meta
 
@@ -373,7 +380,7 @@ def _load(path: Path, run_hash: str, restore: Callable[[dict[str, torch.Tensor]]
         if state.get("run") != run_hash:
             raise RuntimeError
         restore(tensors)
-    except RuntimeError:
+    except Exception:  # what torch and cafe_kernels say of another model's tensors is of many kinds
         raise ValueError(
             f"{path} does not fit config.json: config.json was altered, or this is the checkpoint of another run; "
             "restore it or train again"
@@ -460,9 +467,12 @@ def _check_out(out: Path, config: Config, dataset: Dataset, resume: bool) -> Non
 def _locked(out: Path) -> Iterator[None]:
     """Makes the folder and keeps other processes from training in it; the lock file that stays means nothing by itself."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        lock(file.fileno(), f"another process trains in {out}: wait for it, or choose another --out")
+    file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+    try:
+        lock(file, f"another process trains in {out}: wait for it, or choose another --out")
         yield
+    finally:
+        os.close(file)
 
 
 def _open_run(out: Path, config: Config, dataset: Dataset, data: str | Path | None, resume: bool) -> None:
@@ -500,6 +510,25 @@ def _restore(model: Model, optimizers: Optimizers, tensors: dict[str, torch.Tens
                 index, key = name.split(".")[2:]
                 saved["state"].setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict(saved)
+        for parameter, values in optimizer.state.items():
+            if values and any(values[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("moments of another shape")
+
+
+def _is_state(state: dict[str, Any], like: dict[str, Any], steps: int) -> bool:
+    """Has the state of last.safetensors the names and types that training keeps, and metrics that can be drawn?"""
+    return (
+        all(type(state.get(name)) is type(value) for name, value in like.items())
+        and 0 <= state["step"] <= steps
+        and all(
+            isinstance(line, dict)
+            and all(isinstance(line.get(name), int | float) for name in ("epoch", "step", "loss", "tokens_per_s"))
+            and isinstance(valid := line.get("valid", {}), dict)
+            and all(isinstance(value, int | float) for value in valid.values())
+            and (not valid or "ndcg@10" in valid)
+            for line in state["metrics"]
+        )
+    )
 
 
 def _write_metrics(out: Path, lines: list[dict[str, Any]]) -> None:

@@ -11,24 +11,16 @@
 //
 // The unit of work is a head of a fixed group of sequences. Each has its own sum for dlog_theta, which are added in order:
 // no number depends on how many threads there are.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <optional>
-#include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 
+#include "arrays.h"
 #include "parallel.h"
 #include "philox.h"
-
-namespace py = pybind11;
 
 namespace cafe {
 namespace {
@@ -38,6 +30,7 @@ constexpr int64_t kGroups = 64;         // of sequences, at most
 constexpr double kPerThread = 4e6;      // multiply-adds that are worth a thread
 constexpr int64_t kInPlace = 8192;      // floats of a sequence, all heads, that the first-level cache holds unpacked
 constexpr int64_t kMargin = 64;         // more than vectors read before and after the biases
+constexpr int64_t kMaxHeads = 65536;    // that dropout's counter tells apart
 
 struct Problem {
     int64_t total, heads, dim, sequences, longest;
@@ -125,17 +118,7 @@ void for_each(const Problem& p, int64_t threads, const F& f) {
 
 // What follows checks the arguments and prepares the biases.
 
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
 using Seqlens = Array<int32_t>;
-
-std::string shape_of(const py::array& a) { return py::str(a.attr("shape")); }
-
-void expect(const char* name, const py::array& a, std::vector<int64_t> shape) {
-    if (a.ndim() == py::ssize_t(shape.size()) && std::equal(shape.begin(), shape.end(), a.shape())) return;
-    throw std::invalid_argument(std::string(name) + " must have shape " +
-                                std::string(py::str(py::tuple(py::cast(shape)))) + ", got " + shape_of(a));
-}
 
 struct Arguments {
     Problem problem;
@@ -148,12 +131,12 @@ struct Arguments {
 Arguments check(const py::array& q, const std::optional<Array<float>>& log_theta, const Seqlens& cu_seqlens, double scale,
                 bool causal, int64_t window, double dropout_p, uint64_t seed, uint64_t offset, int64_t threads,
                 const std::string& isa) {
-    if (q.ndim() != 3) throw std::invalid_argument("q must be (total, heads, dim), got shape " + shape_of(q));
+    if (q.ndim() != 3 || q.shape(1) > kMaxHeads) throw std::invalid_argument("q must be (total, heads up to 65536, dim), got shape " + shape_of(q));
     if (cu_seqlens.ndim() != 1 || cu_seqlens.size() < 1)
         throw std::invalid_argument("cu_seqlens must be (sequences + 1), got shape " + shape_of(cu_seqlens));
     if (!(dropout_p >= 0 && dropout_p < 1))
         throw std::invalid_argument("dropout_p must be in [0, 1), got " + std::to_string(dropout_p));
-    if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+    expect_threads(threads);
     Arguments a;
     Problem& p = a.problem;
     a.isa = choose_isa(isa);

@@ -10,29 +10,22 @@
 // each distinct id's row is summed by one thread, in the order of the places. Negatives that many tokens share are
 // multiplied as matrices; their rows' sums over the tokens of one of a fixed number of parts are the entries then.
 // No number depends on how many threads there are.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <optional>
-#include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 
+#include "arrays.h"
 #include "cpu.h"
 #include "parallel.h"
-
-namespace py = pybind11;
 
 namespace cafe {
 namespace {
 
 constexpr int64_t kTokens = 64;        // in a block
 constexpr int64_t kSegments = 128;     // in a block
+constexpr int64_t kMaxParts = 4096;    // of the tokens that share their negatives
 constexpr double kPerThread = 4e6;     // multiply-adds that are worth a thread
 constexpr int64_t kMaxId = std::numeric_limits<int32_t>::max();
 
@@ -106,24 +99,11 @@ void run(Isa isa, const Problem<T>& p, int64_t parts, float* sums, int64_t strid
             const auto [first, last] = std::equal_range(p.sequence, p.sequence + p.tokens, row);
             begin = first - p.sequence, end = last - p.sequence;
         }
-        CAFE_DISPATCH(isa, shared<kComposed>(p, row, begin, end, sums + part * p.negatives * stride, stride));
+        CAFE_DISPATCH(isa, shared<kComposed>(p, row, begin, end, sums ? sums + part * p.negatives * stride : sums, stride));
     });
 }
 
 // What follows checks the arguments.
-
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
-template <class T>
-using Maybe = std::optional<Array<T>>;
-
-std::string shape_of(const py::array& a) { return py::str(a.attr("shape")); }
-
-void expect(const char* name, const py::array& a, std::vector<int64_t> shape) {
-    if (a.ndim() == py::ssize_t(shape.size()) && std::equal(shape.begin(), shape.end(), a.shape())) return;
-    throw std::invalid_argument(std::string(name) + " must have shape " + std::string(py::str(py::tuple(py::cast(shape)))) +
-                                ", got " + shape_of(a));
-}
 
 void expect_ids(const char* name, const Array<int64_t>& ids, int64_t limit, const char* of) {
     const int64_t *at = ids.data(), n = ids.size();
@@ -134,11 +114,6 @@ void expect_ids(const char* name, const Array<int64_t>& ids, int64_t limit, cons
     while (uint64_t(at[i]) < uint64_t(limit)) ++i;
     throw std::out_of_range(std::string(name) + " must be in 0 ... " + std::to_string(limit - 1) + ", " + of + ", got " +
                             std::to_string(at[i]) + " at place " + std::to_string(i));
-}
-
-template <class T>
-const T* data(const Maybe<T>& x) {
-    return x ? x->data() : nullptr;
 }
 
 template <class T, class Word>
@@ -153,7 +128,7 @@ double sampled_loss(Array<float> h, Array<Word> table, Maybe<Word> intents, Mayb
         throw std::invalid_argument("table must be (items, dim = " + std::to_string(h.shape(1)) + "), got shape " + shape_of(table));
     if (negatives.ndim() < 1 || negatives.ndim() > 2)
         throw std::invalid_argument("negatives must be (K) or (rows, K), got shape " + shape_of(negatives));
-    if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+    expect_threads(threads);
     Problem<T> p;
     p.tokens = h.shape(0), p.dim = h.shape(1), p.negatives = negatives.shape(negatives.ndim() - 1);
     p.drawn = negatives.ndim() == 1 ? Drawn::once : sequence ? Drawn::per_sequence : Drawn::per_token;
@@ -184,6 +159,10 @@ double sampled_loss(Array<float> h, Array<Word> table, Maybe<Word> intents, Mayb
         expect("negative_log_q", *negative_log_q, std::vector<int64_t>(negatives.shape(), negatives.shape() + negatives.ndim()));
     if (weights) expect("weights", *weights, {p.tokens});
     expect("losses", losses, {p.tokens});
+    if (p.drawn == Drawn::once && (parts < 1 || parts > kMaxParts))
+        throw std::invalid_argument("parts must be in 1 ... " + std::to_string(kMaxParts) + ", got " + std::to_string(parts));
+    if (per_sequence && parts != rows)
+        throw std::invalid_argument("parts must be the rows of negatives, got " + std::to_string(parts));
     int64_t stride = 0;
     if (dh) {
         if (!coefficients || !negative_rows) throw std::invalid_argument("dh, coefficients and negative_rows go together");
@@ -192,10 +171,6 @@ double sampled_loss(Array<float> h, Array<Word> table, Maybe<Word> intents, Mayb
         stride = (p.dim + 15) / 16 * 16;
         expect("negative_rows", *negative_rows, {per_token ? 0 : parts * p.negatives, stride});
     }
-    if (p.drawn == Drawn::once && parts < 1)
-        throw std::invalid_argument("parts must be at least 1, got " + std::to_string(parts));
-    if (per_sequence && parts != rows)
-        throw std::invalid_argument("parts must be the rows of negatives, got " + std::to_string(parts));
     auto words = [](const Array<Word>& x) { return reinterpret_cast<const T*>(x.data()); };
     p.h = h.data(), p.table = words(table), p.intents = intents ? words(*intents) : nullptr, p.item_intent = data(item_intent);
     p.intent_count = intents ? intents->shape(0) : 0;
@@ -255,19 +230,20 @@ void sum_segments(Array<int32_t> order, Array<int64_t> starts, int64_t segments,
                   Array<float> coefficients, Array<float> rows, double scale, Array<float> out, int64_t threads,
                   const std::string& isa_name) {
     const Isa isa = choose_isa(isa_name);
-    if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+    expect_threads(threads);
     for (auto [name, x] : {std::pair<const char*, py::array>{"h", h}, {"rows", rows}, {"out", out}})
         if (x.ndim() != 2) throw std::invalid_argument(std::string(name) + " must be 2-D, got shape " + shape_of(x));
     Sums s;
     s.dim = out.shape(1), s.tokens = h.shape(0), s.factors = coefficients.size(), s.stride = rows.shape(1);
     s.negatives = s.tokens ? std::max<int64_t>(1, (s.factors - s.tokens) / s.tokens) : 1;
     const int64_t entries = s.entries = s.factors + rows.shape(0);
+    if (entries > kMaxId) throw std::invalid_argument("at most 2^31 - 1 entries can be summed, got " + std::to_string(entries));
     const bool fits = s.factors == s.tokens || (s.factors > s.tokens && s.factors == s.tokens * (s.negatives + 1));
     if (!fits) throw std::invalid_argument("coefficients must be (T) or (T + T * K) for the T rows of h, got shape " + shape_of(coefficients));
     if (s.tokens && h.shape(1) != s.dim) throw std::invalid_argument("h must have out's " + std::to_string(s.dim) + " columns, got shape " + shape_of(h));
     if (s.stride < s.dim) throw std::invalid_argument("rows must have out's " + std::to_string(s.dim) + " columns, got shape " + shape_of(rows));
     expect("order", order, {entries});
-    if (segments < 0 || starts.size() < segments + 1) throw std::invalid_argument("starts must have segments + 1 numbers, got shape " + shape_of(starts));
+    if (segments < 0 || starts.size() <= segments) throw std::invalid_argument("starts must have segments + 1 numbers, got shape " + shape_of(starts));
     if (targets && targets->size() < segments) throw std::invalid_argument("targets must have a row for each segment, got shape " + shape_of(*targets));
     if (!targets && out.shape(0) < segments) throw std::invalid_argument("out must have a row for each segment, got shape " + shape_of(out));
     s.order = order.data(), s.starts = starts.data(), s.targets = data(targets);

@@ -164,9 +164,9 @@ TARGET void tokens(const Problem<T>& p, int64_t begin, int64_t end) {
             for (int64_t i = first + k + ahead; i < next; ++i) prefetch(p, p.ids[i]);
             for (int64_t r = 0; r < n; ++r) rows[k + r] = row_of<kComposed>(p, p.ids[first + k + r]);
             if (n < W) rows[count] = row_of<kComposed>(p, p.positives[t]);
-            Vector products = dots_of<kComposed>(h, &rows[k], std::min<int64_t>(W, n + 1), p.dim);
+            Vector products = dots_of<kComposed>(h, rows.data() + k, std::min<int64_t>(W, n + 1), p.dim);
             if (n < W) positive = products[n];
-            store(&x[k], logits_of(products, p.positives[t], &ids[k], p.ignore ? p.ignore_row(t) + k : nullptr,
+            store(x.data() + k, logits_of(products, p.positives[t], ids.data() + k, p.ignore ? p.ignore_row(t) + k : nullptr,
                                    p.negative_log_q ? p.negative_log_q + first + k : nullptr, n));
         }
         if (p.positive_log_q) positive -= p.positive_log_q[t];
@@ -196,7 +196,7 @@ TARGET void shared(const Problem<T>& p, int64_t group, int64_t begin, int64_t en
     for (int64_t k = 0; k < count; ++k) {
         if (k + 16 < count) prefetch(p, negatives[k + 16]);
         const Row<T> row = row_of<kComposed>(p, negatives[k]);
-        for (int64_t x = 0; x < dim; x += W) store(&gathered[k * columns + x], at<kComposed>(row, x, dim - x));
+        for (int64_t x = 0; x < dim; x += W) store(gathered.data() + k * columns + x, at<kComposed>(row, x, dim - x));
     }
     const Right transposed = pack_transposed(gathered.data(), columns, count, dim, by_column.data());
     const Right by_rows = p.dh ? pack(gathered.data(), columns, count, dim, by_row.data()) : Right{};
@@ -205,35 +205,35 @@ TARGET void shared(const Problem<T>& p, int64_t group, int64_t begin, int64_t en
         const int64_t n = std::min(kTokens, end - first);
         for (int64_t strip = 0; strip < n; strip += kRows)
             multiply<false>(std::min<int64_t>(kRows, n - strip), padded / W, dim, p.h + (first + strip) * dim, dim,
-                            transposed, kOnes, false, &logits[strip * padded], padded);
+                            transposed, kOnes, false, logits.data() + strip * padded, padded);
         for (int64_t i = 0; i < n; ++i) {
             const int64_t t = first + i;
-            float* x = &logits[i * padded];
+            float* x = logits.data() + i * padded;
             if (t + 8 < p.tokens) prefetch(p, p.positives[t + 8]);
             for (int64_t k = 0; k < count; k += W)
-                store(x + k, logits_of(load(x + k), p.positives[t], &ids[k], p.ignore ? p.ignore_row(t) + k : nullptr,
+                store(x + k, logits_of(load(x + k), p.positives[t], ids.data() + k, p.ignore ? p.ignore_row(t) + k : nullptr,
                                        p.negative_log_q ? p.negative_log_q + group * count + k : nullptr, count - k));
             const Row<T> own = row_of<kComposed>(p, p.positives[t]);
             float positive = dot<kComposed>(p.h + t * dim, own, dim);
             if (p.positive_log_q) positive -= p.positive_log_q[t];
-            p.losses[t] = finish(p, positive, x, padded, p.dh, p.weights ? p.weights[t] : 1, &dpositive[i]);
+            p.losses[t] = finish(p, positive, x, padded, p.dh, p.weights ? p.weights[t] : 1, dpositive.data() + i);
         }
         if (!p.dh) continue;
         for (int64_t strip = 0; strip < n; strip += kRows) {
             const int64_t rows = std::min<int64_t>(kRows, n - strip);
-            multiply<false>(rows, vectors, count, &logits[strip * padded], padded, by_rows, kOnes, false, dh.data(),
+            multiply<false>(rows, vectors, count, logits.data() + strip * padded, padded, by_rows, kOnes, false, dh.data(),
                             columns);
             for (int64_t i = 0; i < rows; ++i) {
                 const int64_t t = first + strip + i;
                 const Row<T> own = row_of<kComposed>(p, p.positives[t]);
-                add_rows<kComposed>(&own, &dpositive[strip + i], 1, dim, true, &dh[i * columns]);
-                std::copy_n(&dh[i * columns], dim, p.dh + t * dim);
+                add_rows<kComposed>(&own, dpositive.data() + strip + i, 1, dim, true, dh.data() + i * columns);
+                std::copy_n(dh.data() + i * columns, dim, p.dh + t * dim);
                 p.coefficients[t] = dpositive[strip + i];
             }
         }
         const Right h = pack(p.h + first * dim, dim, n, dim, h_panels.data());
         for (int64_t k = 0; k < count; k += kRows)
-            multiply<true>(std::min<int64_t>(kRows, count - k), vectors, n, &logits[k], padded, h, kOnes, first > begin,
+            multiply<true>(std::min<int64_t>(kRows, count - k), vectors, n, logits.data() + k, padded, h, kOnes, first > begin,
                            sums + k * stride, stride);
     }
 }

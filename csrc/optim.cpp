@@ -12,26 +12,18 @@
 //
 // Duplicate rows of the gradient are summed in the order of their appearance, each row by one thread, so that no number
 // depends on how many threads there are.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <optional>
-#include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
+#include "arrays.h"
 #include "parallel.h"
 #include "philox.h"
-
-namespace py = pybind11;
 
 namespace cafe {
 namespace {
@@ -105,7 +97,7 @@ class History {
         terms.clear();
         for (int64_t at = s; at < now_ && s > 0;) {  // s = 0: never touched, no momentum
             const HistoryRow& h = rows_[at - first_];
-            if (!(h.next > double(at))) throw std::invalid_argument("history is damaged at step " + std::to_string(at));
+            if (!(h.next >= double(at + 1))) throw std::invalid_argument("history is damaged at step " + std::to_string(at));
             const int64_t end = int64_t(std::min(h.next, double(now_)));
             const double root = std::sqrt(power(power2_, beta2_, at - s)), rho = power(power1_, beta1_, at - s) / root;
             if (!(rho > kNegligible)) break;
@@ -280,16 +272,10 @@ class Updater {
 
 std::string describe(const py::handle& value) { return py::str(value); }
 
-// `a` as (rows, dim) of `T`, writable.
-void expect(const char* name, const py::array& a, int64_t rows, int64_t dim) {
-    if (a.ndim() != 2 || a.shape(0) != rows || a.shape(1) != dim)
-        throw std::invalid_argument(std::string(name) + " must have shape (" + std::to_string(rows) + ", " + std::to_string(dim) +
-                                    "), got " + describe(a.attr("shape")));
-}
-
 // uint16 holds bfloat16.
 bool is_half(const char* name, const py::array& a) {
-    if (!(a.flags() & py::array::c_style)) throw std::invalid_argument(std::string(name) + " must be C-contiguous");
+    if (!(a.flags() & py::array::c_style) || !is_aligned(a))
+        throw std::invalid_argument(std::string(name) + " must be C-contiguous and aligned");
     if (py::isinstance<py::array_t<uint16_t>>(a)) return true;
     if (py::isinstance<py::array_t<float>>(a)) return false;
     throw py::type_error(std::string(name) + " must be float32, or bfloat16 as uint16, got " + describe(a.dtype()));
@@ -301,31 +287,29 @@ void with_type(bool half, const F& f) {
     half ? f(Bf16{}) : f(float{});
 }
 
-void adam_rows(py::array table, py::array exp_avg, py::array exp_avg_sq, std::optional<py::array_t<int32_t>> last_step,
-               std::optional<py::array_t<double>> history, std::optional<py::array_t<int64_t>> rows,
-               std::optional<py::array> values, int64_t first, int64_t number, double lr, double beta1, double beta2,
+void adam_rows(py::array table, py::array exp_avg, py::array exp_avg_sq, Maybe<int32_t> last_step, Maybe<double> history,
+               Maybe<int64_t> rows, std::optional<py::array> values, int64_t first, int64_t number, double lr, double beta1, double beta2,
                double epsilon, double weight_decay, std::optional<uint64_t> seed, int64_t threads, const std::string& isa) {
-    if (table.ndim() != 2) throw std::invalid_argument("table must be (V, d), got shape " + describe(table.attr("shape")));
+    if (table.ndim() != 2) throw std::invalid_argument("table must be (V, d), got shape " + shape_of(table));
+    if (number < 0 || number >= int64_t(1) << 31)
+        throw std::invalid_argument("step must be in 0 ... 2^31 - 1, got " + std::to_string(number));
     const int64_t v = table.shape(0), d = table.shape(1), now = values ? number - 1 : number;
     if (v > int64_t(1) << 31) throw std::invalid_argument("table must have at most 2^31 rows, got " + std::to_string(v));
-    expect("exp_avg", exp_avg, v, d), expect("exp_avg_sq", exp_avg_sq, v, d);
+    expect("exp_avg", exp_avg, {v, d}), expect("exp_avg_sq", exp_avg_sq, {v, d});
     const bool half = is_half("table", table), half_moments = is_half("exp_avg", exp_avg);
     if (is_half("exp_avg_sq", exp_avg_sq) != half_moments) throw std::invalid_argument("exp_avg and exp_avg_sq differ in dtype");
-    if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
-    if (!(0 <= first && first <= now && number < int64_t(1) << 31))
+    expect_threads(threads);
+    if (!(0 <= first && first <= now))
         throw std::invalid_argument("steps must ascend, got " + std::to_string(first) + ", " + std::to_string(number));
     if (last_step.has_value() != history.has_value())
         throw std::invalid_argument("last_step and history must both be given, or neither");
-    if (last_step && (last_step->ndim() != 1 || last_step->size() != v || !(last_step->flags() & py::array::c_style)))
-        throw std::invalid_argument("last_step must be contiguous (" + std::to_string(v) + "), got " + describe(last_step->attr("shape")));
-    if (history && (history->ndim() != 2 || history->shape(0) <= now - first || history->shape(1) != 8 ||
-                    !(history->flags() & py::array::c_style)))
-        throw std::invalid_argument("history must be contiguous (n > " + std::to_string(now - first) + ", 8), got " +
-                                    describe(history->attr("shape")));
+    if (last_step) expect("last_step", *last_step, {v});
+    if (history && (history->ndim() != 2 || history->shape(0) <= now - first || history->shape(1) != 8))
+        throw std::invalid_argument("history must be (n > " + std::to_string(now - first) + ", 8), got " + shape_of(*history));
     if (values && !rows) throw std::invalid_argument("values need rows");
-    if (rows && (rows->ndim() != 1 || !(rows->flags() & py::array::c_style) || rows->size() >= int64_t(1) << 32))
-        throw std::invalid_argument("rows must be 1-D, contiguous and fewer than 2^32, got " + describe(rows->attr("shape")));
-    if (values) expect("values", *values, rows->size(), d);
+    if (rows && (rows->ndim() != 1 || rows->size() >= int64_t(1) << 32))
+        throw std::invalid_argument("rows must be 1-D and fewer than 2^32, got " + shape_of(*rows));
+    if (values) expect("values", *values, {rows->size(), d});
     const bool half_values = values && is_half("values", *values);
 
     Options options;
@@ -374,22 +358,22 @@ void use_huge_pages([[maybe_unused]] py::array a, [[maybe_unused]] bool collapse
 }
 
 // history.py's `append`, but for the making of rows: the moments of the rows `block` ... step - 1, and row `step`.
-void append_step(py::array_t<double> history, py::array_t<double> powers, int64_t first, int64_t block, int64_t step, double c,
-                 double weight, double decay, double lr) {
-    const int64_t n = step - block, length = powers.size() / 5;
-    if (history.ndim() != 2 || history.shape(1) != 8 || !(history.flags() & py::array::c_style) || powers.ndim() != 2 ||
-        powers.shape(1) != 5 || !(powers.flags() & py::array::c_style))
-        throw std::invalid_argument("history must be contiguous (n, 8), and powers (length, 5)");
-    if (!(0 <= first && first <= block && block < step && n <= length && step - first < history.shape(0)))
+void append_step(Array<double> history, Array<double> powers, int64_t first, int64_t block, int64_t step, double c, double weight,
+                 double decay, double lr) {
+    if (history.ndim() != 2 || history.shape(1) != 8 || powers.ndim() != 2 || powers.shape(1) != 5)
+        throw std::invalid_argument("history must be (n, 8), and powers (length, 5)");
+    const int64_t length = powers.shape(0);
+    if (!(0 <= first && first <= block && block < step && step - block <= length && step - first < history.shape(0)))
         throw std::invalid_argument("steps must ascend and lie in the history");
-    auto rows = reinterpret_cast<HistoryRow*>(history.mutable_data()) - first;
-    const double* power = powers.data() + (length - n) * 5;
-    for (int64_t s = block; s < step; ++s, power += 5) {
+    auto rows = reinterpret_cast<HistoryRow*>(history.mutable_data());
+    const int64_t begin = block - first, end = step - first;
+    const double* power = powers.data() + (length - (end - begin)) * 5;
+    for (int64_t s = begin; s < end; ++s, power += 5) {
         double x = weight;
         for (int i = 0; i < 5; ++i, x *= c) rows[s].moment[i] = rows[s].moment[i] * decay + x * power[i];
     }
-    rows[step].log_decay = rows[step - 1].log_decay + std::log(decay);
-    rows[step].lr = lr;
+    rows[end].log_decay = rows[end - 1].log_decay + std::log(decay);
+    rows[end].lr = lr;
 }
 
 }  // namespace

@@ -3,26 +3,20 @@
 // above. A draw is one 64-bit Philox number x: x * V / 2^64 has the column in front of the point, and behind it the
 // height in the column. At V in the millions a draw costs one cache miss, and little else: columns are computed and
 // prefetched a chunk ahead of their use.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <memory>
-#include <stdexcept>
-#include <string>
 #include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
+#include "arrays.h"
 #include "parallel.h"
 #include "philox.h"
-
-namespace py = pybind11;
 
 namespace cafe {
 namespace {
@@ -370,7 +364,7 @@ py::array_t<T> array(const py::handle& value, const char* name) {
         throw py::type_error(std::string(name) + " must be " + wanted + ", got " + describe(a.dtype()) +
                              "; convert it once with .astype(numpy." + wanted + ")");
     }
-    if (!(a.flags() & py::array::c_style) || !(a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_))
+    if (!(a.flags() & py::array::c_style) || !is_aligned(a))
         throw std::invalid_argument(std::string(name) +
                                     " must be C-contiguous and aligned; make it so once with numpy.ascontiguousarray");
     return py::reinterpret_borrow<py::array_t<T>>(a);
@@ -466,7 +460,8 @@ void register_sampler(py::module_& m) {
     m.def(
         "philox_bits",
         [](uint64_t seed, uint64_t position, uint32_t attempt, uint32_t stream, int blocks_of_8, const std::string& isa) {
-            py::array_t<uint64_t> bits(std::max(blocks_of_8, 0) * 8);
+            if (blocks_of_8 < 0 || blocks_of_8 >= 1 << 28) throw std::invalid_argument("blocks_of_8 must be in 0 ... 2^28 - 1");
+            py::array_t<uint64_t> bits(blocks_of_8 * 8);
             philox_bits(choose_isa(isa), seed, position, attempt, stream, int(bits.size()), bits.mutable_data());
             return bits;
         },

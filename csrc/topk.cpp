@@ -13,28 +13,20 @@
 //
 // Order: a user's most promising groups first, for a good threshold; then all groups in the order of memory, each for all
 // the users whose threshold its bound reaches, so that they share its reads. What a user has seen at first is left out then.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cfloat>
 #include <cmath>
 #include <limits>
-#include <optional>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
+#include "arrays.h"
 #include "cpu.h"
 #include "parallel.h"
 
 #ifdef CAFE_X86
 #include <immintrin.h>
 #endif
-
-namespace py = pybind11;
 
 namespace cafe {
 namespace {
@@ -45,6 +37,7 @@ constexpr int64_t kBatch = 256;                             // users that share 
 constexpr int64_t kSeeds = 64, kSeedBlocks = 64;            // groups, and blocks of each, looked at for a first threshold
 constexpr int64_t kSeedItems = 4096;
 static_assert(kSeedBlocks % kSegment == 0, "a user who has seen the first blocks joins at a segment");
+constexpr double kLargestProduct = 1e38;                    // of norms: sums of floats up to it do not overflow
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
 struct Query {  // a user against a segment
@@ -113,19 +106,22 @@ const Kernels& choose_kernels(const std::string& name) {
 }
 
 template <class T>
-using Array = py::array_t<T, py::array::c_style>;
-
-template <class T>
-const T* data(const char* name, const Array<T>& a, std::initializer_list<int64_t> shape) {
-    if (a.ndim() == py::ssize_t(shape.size()) && std::equal(shape.begin(), shape.end(), a.shape())) return a.data();
-    std::string wanted;
-    for (int64_t n : shape) wanted += std::to_string(n) + ", ";
-    throw std::invalid_argument(std::string(name) + " must have shape (" + wanted + "), got " +
-                                std::string(py::str(a.attr("shape"))));
+const T* data(const char* name, const Array<T>& a, const std::vector<int64_t>& shape) {
+    expect(name, a, shape);
+    return a.data();
 }
 
 void require(bool holds, const char* message) {
     if (!holds) throw std::invalid_argument(message);
+}
+
+// Numbers that are not finite have no order, and std::sort reads beyond its range then; nor do sums of products beyond `most` stay finite.
+template <class T>
+void require_sane(const char* name, const Array<T>& a, double most = std::numeric_limits<T>::max()) {
+    const T* x = a.data();
+    bool sane = true;
+    for (int64_t i = 0, n = a.size(); i < n; ++i) sane &= std::abs(x[i]) <= most;
+    if (!sane) throw std::invalid_argument(std::string(name) + " holds numbers that are not finite, or too large");
 }
 
 // The arrays are those of cafe_kernels/topk/index.py and must not change while this lives.
@@ -142,6 +138,7 @@ struct Index {
     const float* scale;           // (blocks * kBlock)
     const int32_t* slot_item;     // (blocks * kBlock), -1 in empty slots
     const uint8_t* codes;         // (blocks, quads, kBlock, 4): q + 128
+    double largest_centroid = 0;  // norm
     std::vector<py::object> keep;
 
     Index(Array<float> table_, Array<int32_t> item_intent_, int64_t intents_, Array<int32_t> start_, Array<int32_t> size_,
@@ -161,6 +158,18 @@ struct Index {
         radius = data("radius", radius_, {blocks}), error = data("error", error_, {blocks});
         scale = data("scale", scale_, {blocks * kBlock}), slot_item = data("slot_item", slot_item_, {blocks * kBlock});
         codes = data("codes", codes_, {blocks, quads, kBlock, 4});
+        for (auto [name, a] : {std::pair<const char*, const Array<float>*>{"table", &table_}, {"centroids", &centroids_}, {"scale", &scale_}})
+            require_sane(name, *a);
+        for (auto [name, a] : {std::pair<const char*, const Array<double>*>{"centroid_norm", &centroid_norm_}, {"radius", &radius_}, {"error", &error_}})
+            require_sane(name, *a, 1e100);
+        for (int64_t g = 0; g < groups; ++g) {
+            double square = 0;
+            for (int64_t i = 0; i < dim; ++i) {
+                const double x = centroids[(g / kBlock * dim + i) * kBlock + g % kBlock];
+                square += x * x;
+            }
+            largest_centroid = std::max(largest_centroid, std::sqrt(square));
+        }
         for (int64_t v = 0; v < items; ++v)
             require(item_intent[v] >= 0 && item_intent[v] < intents, "item_intent must be in [0, intents)");
         for (int64_t s = 0; s < blocks * kBlock; ++s)
@@ -257,6 +266,9 @@ class Batch {
         return std::binary_search(user.excluded.begin(), user.excluded.end(), item);
     }
 
+    // Threads that `sweep` has work for.
+    int64_t slots() const { return std::max<int64_t>(1, std::min(threads, (index.groups + kBlock - 1) / kBlock)); }
+
     // A first threshold: the k-th best of what the most promising groups have, which goes to `found`.
     void seed(int64_t u, int64_t k, Tally& tally, std::vector<Found>& found) {
         User& user = users[u];
@@ -283,12 +295,13 @@ class Batch {
         raise(threshold[u], found[k - 1].score);
     }
 
-    // All groups in the order of memory. sinks has one sink for each of the `threads` slots.
+    // All groups in the order of memory, by as many threads as there are sinks, and tallies.
     template <class Sink>
     void sweep(std::vector<Tally>& tallies, std::vector<Sink>& sinks) {
         std::atomic<int64_t> next{0};
         const int64_t panels = (index.groups + kBlock - 1) / kBlock;
-        parallel_for(threads, threads, [&](int64_t slot) {
+        const int64_t slots = int64_t(sinks.size());
+        parallel_for(slots, slots, [&](int64_t slot) {
             std::vector<Active> active, late;  // late: those who have seen the first blocks
             for (int64_t panel; (panel = next++) < panels;)
                 for (int64_t g = panel * kBlock; g < std::min(index.groups, (panel + 1) * kBlock); ++g) {
@@ -487,10 +500,16 @@ Request check(const Index& index, const Array<float>& user, const std::optional<
               const std::optional<Array<int64_t>>& indptr, const std::optional<Array<int32_t>>& indices, int64_t threads,
               const std::string& isa) {
     require(user.ndim() == 2 && user.shape(1) == index.dim, "user must be (users, dim of the table)");
-    require(threads >= 1, "threads must be at least 1");
+    expect_threads(threads);
     require(indptr.has_value() == indices.has_value(), "indptr and indices must both be given, or neither");
     const int64_t count = user.shape(0);
-    if (intent_scores) data("intent_scores", *intent_scores, {count, index.intents});
+    if (intent_scores) data("intent_scores", *intent_scores, {count, index.intents}), require_sane("intent_scores", *intent_scores);
+    require_sane("user", user);
+    for (int64_t u = 0; u < count; ++u) {
+        double square = 0;
+        for (int64_t i = 0; i < index.dim; ++i) square += double(user.data()[u * index.dim + i]) * user.data()[u * index.dim + i];
+        require(std::sqrt(square) * index.largest_centroid <= kLargestProduct, "user is too large: its products with the table overflow");
+    }
     if (indptr) {
         const int64_t* p = data("indptr", *indptr, {count + 1});
         require(p[0] == 0 && p[count] == indices->size(), "indptr must go from 0 to the size of indices");
@@ -525,15 +544,16 @@ py::tuple search(const Index& index, Array<float> user, std::optional<Array<floa
     {
         py::gil_scoped_release release;
         for_batches(index, r, false, threads, [&](Batch& batch, int64_t first) {
-            std::vector<Tally> seeding(batch.count), tallies(threads);
-            std::vector<std::vector<Found>> found(threads * batch.count);
+            const int64_t slots = batch.slots();
+            std::vector<Tally> seeding(batch.count), tallies(slots);
+            std::vector<std::vector<Found>> found(slots * batch.count);
             parallel_for(batch.count, threads, [&](int64_t u) { batch.seed(u, k, seeding[u], found[u]); });
             std::vector<Batch::Keep> sinks;
-            for (int64_t t = 0; t < threads; ++t) sinks.push_back({batch, k, 0, found.data() + t * batch.count});
+            for (int64_t t = 0; t < slots; ++t) sinks.push_back({batch, k, 0, found.data() + t * batch.count});
             batch.sweep(tallies, sinks);
             for (int64_t u = 0; u < batch.count; ++u) {
                 std::vector<Found> best;
-                for (int64_t t = 0; t < threads; ++t)
+                for (int64_t t = 0; t < slots; ++t)
                     best.insert(best.end(), found[t * batch.count + u].begin(), found[t * batch.count + u].end());
                 const int64_t n = std::min<int64_t>(k, best.size());
                 std::partial_sort(best.begin(), best.begin() + n, best.end());
@@ -564,8 +584,8 @@ py::tuple count_above(const Index& index, Array<float> user, std::optional<Array
         py::gil_scoped_release release;
         for_batches(index, r, true, threads, [&](Batch& batch, int64_t first) {
             for (int64_t u = 0; u < batch.count; ++u) batch.threshold[u] = batch.score(batch.users[u], answer[first + u]);
-            std::vector<Tally> tallies(threads);
-            std::vector<Batch::Count> sinks(threads, {std::vector<Above>(batch.count)});
+            std::vector<Tally> tallies(batch.slots());
+            std::vector<Batch::Count> sinks(batch.slots(), {std::vector<Above>(batch.count)});
             batch.sweep(tallies, sinks);
             for (int64_t u = 0; u < batch.count; ++u) {
                 const User& user = batch.users[u];
@@ -592,7 +612,8 @@ void build(Array<float> table, Array<int32_t> order, Array<int64_t> borders, Arr
            Array<double> centroid_norm, Array<double> radius, Array<double> error, Array<float> scale,
            Array<int32_t> slot_item, Array<uint8_t> codes, int64_t threads) {
     require(table.ndim() == 2, "table must be (items, dim)");
-    require(threads >= 1, "threads must be at least 1");
+    require_sane("table", table);
+    expect_threads(threads);
     const int64_t items = table.shape(0), dim = table.shape(1), quads = (dim + 3) / 4, groups = start.size() - 1, blocks = radius.size();
     const int64_t *border = data("borders", borders, {groups + 1});
     const int32_t *item = data("order", order, {items}), *block = start.data();
@@ -601,7 +622,7 @@ void build(Array<float> table, Array<int32_t> order, Array<int64_t> borders, Arr
     data("codes", codes, {blocks, quads, kBlock, 4});
     require(border[0] == 0 && border[groups] == items && block[0] == 0 && block[groups] == blocks, "borders are damaged");
     for (int64_t g = 0; g < groups; ++g)
-        require(border[g] <= border[g + 1] && border[g + 1] - border[g] <= (block[g + 1] - block[g]) * kBlock, "borders are damaged");
+        require(border[g] <= border[g + 1] && border[g + 1] - border[g] <= (int64_t(block[g + 1]) - block[g]) * kBlock, "borders are damaged");
     for (int64_t i = 0; i < items; ++i) require(item[i] >= 0 && item[i] < items, "order must be of items");
     const float* rows = table.data();
     float *centroid_of = centroids.mutable_data(), *scales = scale.mutable_data();

@@ -243,16 +243,33 @@ class Dataset:
         """
         folder = Path(path)
         meta = _read_meta(folder)
+        checksums, preparation = meta.get("checksums"), meta.get("preparation", {})
+        if not isinstance(checksums, dict) or not isinstance(preparation, dict):
+            raise ValueError(f"{folder / MARKER} is damaged (it lacks checksums): prepare the data again")
         for name in FILES:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name} is missing: prepare the data again")
-            if checksum(folder / name) != meta["checksums"].get(name):
+            if checksum(folder / name) != checksums.get(name):
                 raise ValueError(f"{folder / name} is damaged (its checksum differs): prepare the data again")
-        arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ARRAYS}
-        ids = {name: pl.read_parquet(folder / f"{name}.parquet", glob=False)["id"] for name in VOCABULARIES}
+        arrays = {name: _read_array(folder / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
+        ids = {name: _read_ids(folder / f"{name}.parquet") for name in VOCABULARIES}
         sequences = Sequences(arrays["indptr"], arrays["items"])
-        return cls(
-            sequences, arrays["item_intent"], ids["users"], ids["items"], ids["intents"], meta.get("preparation", {})
+        dataset = cls(sequences, arrays["item_intent"], ids["users"], ids["items"], ids["intents"], preparation)
+        if not dataset._fits():
+            raise ValueError(f"{folder} is damaged (its files contradict each other): prepare the data again")
+        return dataset
+
+    def _fits(self) -> bool:
+        """Every number is one of a user, an item or an intent that is there."""
+        indptr, items = self.sequences.indptr, self.sequences.items
+        return (
+            len(indptr) == self.num_users + 1
+            and indptr[0] == 0
+            and indptr[-1] == len(items)
+            and bool((indptr[1:] >= indptr[:-1]).all())
+            and len(self.item_intent) == self.num_items
+            and _below(items, self.num_items)
+            and _below(self.item_intent, self.num_intents)
         )
 
     def _array(self, name: str) -> np.ndarray:
@@ -260,6 +277,28 @@ class Dataset:
 
     def _vocabulary(self, name: str) -> pl.Series:
         return {"users": self.user_ids, "items": self.item_ids, "intents": self.intent_ids}[name]
+
+
+def _read_array(path: Path, dtype: Any) -> np.ndarray:
+    """A vector, memory-mapped; nothing is unpickled."""
+    try:
+        array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        if array.dtype != dtype or array.ndim != 1:
+            raise ValueError(f"expected {np.dtype(dtype)} (n,), found {array.dtype} {array.shape}")
+    except Exception as error:  # numpy raises of many kinds
+        raise ValueError(f"{path} is damaged ({error}): prepare the data again") from None
+    return array
+
+
+def _read_ids(path: Path) -> pl.Series:
+    try:
+        return pl.read_parquet(path, glob=False)["id"]
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise ValueError(f"{path} is damaged ({error}): prepare the data again") from None
+
+
+def _below(numbers: np.ndarray, limit: int) -> bool:
+    return len(numbers) == 0 or (int(numbers.min()) >= 0 and int(numbers.max()) < limit)
 
 
 def _blocks(indptr: np.ndarray) -> Iterator[tuple[int, int]]:

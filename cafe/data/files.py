@@ -150,7 +150,14 @@ def _read_part(
             selected = selected.with_columns(cs.string().cast(pl.Int64, strict=False))
         selected = selected.with_columns(cs.string().replace("", None), cs.float().fill_nan(None))
         return selected.collect(engine="streaming")
-    except (pl.exceptions.PolarsError, OSError, EOFError, zlib.error) as error:
+    except (
+        pl.exceptions.PolarsError,
+        pl.exceptions.PanicException,
+        OSError,
+        EOFError,
+        UnicodeError,
+        zlib.error,
+    ) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{file}: cannot be read as {_kind(file)} ({reason})") from None
 

@@ -16,9 +16,10 @@ from typing import Any
 
 
 def write_file(path: Path, chunks: Iterable[Any]) -> None:
-    """Writes bytes-like chunks to a file and flushes it to the disk."""
+    """Writes bytes-like chunks to a new file and flushes it to the disk. A link that lies there is replaced, not followed."""
     try:
-        with path.open("wb") as file:
+        path.unlink(missing_ok=True)
+        with path.open("xb") as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
@@ -67,9 +68,11 @@ def seal(meta: dict[str, Any]) -> bytes:
 
 def read_sealed(path: Path, format: str, version: int, remedy: str) -> dict[str, Any]:
     """What `seal` wrote to `path`; anything else is a ValueError that names the file and ends in the `remedy`."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file: restore it, or {remedy}")
     try:
         meta = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore it, or {remedy}") from None
     if not isinstance(meta, dict) or meta.get("format") != format:
         raise ValueError(f"{path} does not describe a {format}: restore it, or {remedy}")
@@ -96,8 +99,8 @@ def checksum(path: Path) -> str:
 def read_marker(folder: Path, marker: str) -> dict[str, Any] | None:
     """The JSON object in `folder/marker`, or None where there is none."""
     try:
-        content = json.loads((folder / marker).read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        content = json.loads((folder / marker).read_text()) if (folder / marker).is_file() else None
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -133,13 +136,16 @@ def new_folder(out: str | Path, marker: str, format: str, names: Collection[str]
     if former.exists() and not out.exists():
         former.rename(out)
     check_replaceable(out, marker, format, names)
+    if temporary.is_symlink():
+        temporary.unlink()
     temporary.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(temporary, os.O_RDONLY)
     try:
         lock(descriptor, f"another process writes {out}: wait for it, or choose another output folder")
         try:
             for left in (*temporary.iterdir(), former):
-                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+                whole = left.is_dir() and not left.is_symlink()
+                shutil.rmtree(left, ignore_errors=True) if whole else left.unlink(missing_ok=True)
             yield temporary
             _flush_folder(temporary)
             if out.exists():

@@ -86,16 +86,22 @@ def _object(line: str) -> dict[str, Any] | None:
 
 
 def _value(key: str, value: Any) -> Any:
-    """The value as polars reads it: text as it is, anything else as JSON; a path as a list."""
+    """The value as polars reads it: text as it is, anything else as JSON; a path as a list. What JSON has not is no value."""
     if key not in JSON_TYPES:
-        return value if value is None or isinstance(value, str) else json.dumps(value)
+        return value if value is None or isinstance(value, str) else _json(value)
     path = value if isinstance(value, list) else []
     if path and isinstance(path[0], list):
         path = path[0]
-    path = [
-        name if isinstance(name, str) else json.dumps(name, ensure_ascii=False) for name in path if name is not None
-    ]
+    path = [name if isinstance(name, str) else _json(name, ensure_ascii=False) for name in path if name is not None]
     return path if key == CATEGORY else [path]
+
+
+def _json(value: Any, **options: Any) -> str | None:
+    """The value as JSON; None for a set, bytes and the like, which Python's literals know."""
+    try:
+        return json.dumps(value, **options)
+    except (TypeError, ValueError, RecursionError):
+        return None
 
 
 def _intent(path: pl.Expr, options: Options) -> pl.Expr:

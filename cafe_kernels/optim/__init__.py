@@ -221,7 +221,7 @@ class RowSparseAdam(torch.optim.Optimizer):
                 raise ValueError(f"the state is of mode {saved['mode']!r}, this optimizer's is {group['mode']!r}")
             for index, table in zip(saved["params"], group["params"], strict=False):
                 state = state_dict["state"].get(index)
-                if state and (state.keys() != STATE[saved["mode"]] or state["exp_avg"].shape != table.shape):
+                if state and (state.keys() != STATE[saved["mode"]] or not _fits(state, table)):
                     raise ValueError(
                         f"the state of table {index} is not one of RowSparseAdam for a {tuple(table.shape)} table: it has "
                         + ", ".join(f"{name} {tuple(getattr(x, 'shape', ()))}" for name, x in state.items())
@@ -235,6 +235,27 @@ class RowSparseAdam(torch.optim.Optimizer):
                     name: x.to(table.device) if name in ON_DEVICE else x.to("cpu", copy=True)
                     for name, x in state_dict["state"][index].items()
                 }
+
+
+def _fits(state: dict[str, Any], table: Tensor) -> bool:
+    """Are the shapes and dtypes, and the order of the steps, those of a state of this table?"""
+    moments = [state["exp_avg"], state["exp_avg_sq"]]
+    kinds = [(x.shape, x.dtype) for x in moments]
+    if kinds[0] != kinds[1] or kinds[0][0] != table.shape or not moments[0].is_floating_point():
+        return False
+    if state.keys() != STATE["exact"]:
+        return state["step"].numel() == 1
+    numbers = [state[name] for name in ("flushed_step", "block_step", "step")]
+    if any(x.dtype != torch.int64 or x.dim() for x in numbers) or state["constants"].shape != (3,):
+        return False
+    first, block, step = map(int, numbers)
+    history, last = state["history"], state["last_step"]
+    return (
+        0 <= first <= block <= step < 2**31
+        and (last.shape, last.dtype) == (table.shape[:1], torch.int32)
+        and (history.shape[1:], history.dtype) == ((8,), torch.float64)
+        and len(history) > step - first
+    )
 
 
 def _check_group(group: dict[str, Any]) -> None:
