@@ -59,8 +59,11 @@ class Batches:
         """The rows of an epoch, shuffled by (seed, epoch)."""
         return np.random.default_rng([self.config.seed, epoch]).permutation(self.rows)
 
-    def __call__(self, rows: np.ndarray, step: int) -> Batch:
-        """The batch of sequences `rows`; `step` is the number of the training step, which fixes its negatives."""
+    def __call__(self, rows: np.ndarray, step: int, before: int = 0) -> Batch:
+        """The batch of sequences `rows`; `step` is the number of the training step, which fixes its negatives.
+
+        before: how many tokens of the step come before these where `rows` are a part of its sequences (cafe.distributed); then the
+            negatives are this part of the step's. Not for a cloze or a personal model, whose inputs are drawn too."""
         config, random = self.config, np.random.default_rng([self.config.seed, step, 1])
         sequences = self.train.take(rows, last=config.max_len + (not self.kind.cloze))
         # Inputs are all but each sequence's last item, positives all but its first; of a cloze all, and those that are hidden.
@@ -83,7 +86,10 @@ class Batches:
             other = random.integers(self.num_items, size=len(inputs))
             inputs = np.where(random.random(len(inputs)) < config.sse_item, other, inputs)
         of = rows[asked]  # each positive's user
-        draw: dict[str, Any] = {"seed": config.seed, "offset": step * DRAWS_A_STEP}
+        draw: dict[str, Any] = {
+            "seed": config.seed,
+            "offset": step * DRAWS_A_STEP,
+        }  # draw j of token t is at offset + t K + j
         ignore = None
         if config.loss == "full":
             negatives = np.arange(self.num_items)
@@ -91,7 +97,8 @@ class Batches:
             negatives = self.items.sample((config.negatives,), **draw)
             ignore = torch.from_numpy(self._had(rows, negatives))
         else:
-            negatives = self.items.sample_excluding(self.seen.indptr, self.seen.items, of, config.negatives, **draw)
+            at = draw | {"offset": draw["offset"] + before * config.negatives}
+            negatives = self.items.sample_excluding(self.seen.indptr, self.seen.items, of, config.negatives, **at)
         intent_negatives = None
         if self.intents is not None and self.seen_intents is not None:
             drawn = self.intents.sample_excluding(
@@ -99,7 +106,8 @@ class Batches:
                 self.seen_intents.items,
                 of,
                 1,
-                **{**draw, "seed": config.seed + 1},
+                seed=config.seed + 1,
+                offset=draw["offset"] + before,
             )
             intent_negatives = _long(drawn)
         return Batch(

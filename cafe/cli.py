@@ -197,6 +197,8 @@ def train(
     from cafe.data.dataset import Dataset
     from cafe.train import Interrupted, fit, read_run
 
+    if torch.distributed.is_torchelastic_launched():  # by torchrun: several processes train together
+        from cafe.distributed import fit
     if threads:
         torch.set_num_threads(threads)
     if device != "cpu" and not torch.cuda.is_available():

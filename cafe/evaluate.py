@@ -20,7 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -123,8 +123,10 @@ def evaluate(
         warnings.warn(ARTEFACT, stacklevel=2)
     holdout = dataset.holdout(split)
     rows = candidates.rows
-    # A model on the CPU that scores by inner products is ranked through an index, which never holds the scores of the catalog.
-    by_index = protocol == "full" and isinstance(model, SASRec) and _device(model).type == "cpu"
+    # A model on the CPU that scores by inner products is ranked through an index, which never holds the scores of the catalog;
+    # a sharded one (cafe.distributed) everywhere.
+    on_cpu = isinstance(model, SASRec) and _device(model).type == "cpu"
+    by_index = protocol == "full" and (on_cpu or getattr(model, "sharded", False))
     if protocol == "full" and not by_index:
         batch_size = min(batch_size, memory_bytes // (FULL_BYTES_PER_SCORE * dataset.num_items))
     batch_size = max(batch_size, 1)
@@ -134,7 +136,7 @@ def evaluate(
     counts: dict[str, list[Tensor]] = {}
     try:
         with torch.inference_mode():
-            index = model.index() if by_index and isinstance(model, SASRec) else None
+            index = cast(SASRec, model).index() if by_index else None
             for start in range(0, len(rows), batch_size):
                 batch = slice(start, min(start + batch_size, len(rows)))
                 for score, pair in _count_batch(
@@ -184,8 +186,8 @@ def _count_batch(
     items = torch.from_numpy(history.items.astype(np.int64)).to(device)
     cu_seqlens = torch.from_numpy(history.indptr.astype(np.int32)).to(device)
     users = torch.from_numpy(holdout.users[rows]).to(device)
-    if index is not None and isinstance(model, SASRec):
-        return _count_by_index(model, index, dataset, holdout, rows, items, cu_seqlens, users, tried)
+    if index is not None:
+        return _count_by_index(cast(SASRec, model), index, dataset, holdout, rows, items, cu_seqlens, users, tried)
     who: dict[str, Tensor] = {"users": users} if getattr(model, "personal", False) else {}
     if candidates.items is None or candidates.intents is None:
         item, intent = model.score(items, cu_seqlens, **who)

@@ -152,7 +152,7 @@ def _train(
     state: dict[str, Any] = {"step": 0, "best": -1.0, "best_epoch": -1, "since_best": 0, "loss": 0.0, "done": False}
     state["metrics"] = []
     if resume and (out / "last.safetensors").exists():
-        former, state = state, _load(out / "last.safetensors", run_hash, partial(_restore, model, optimizers))
+        former, state = state, _load(out / "last.safetensors", run_hash, partial(restore, model, optimizers))
         if not _is_state(state, former, config.epochs * len(batches)):
             raise ValueError(
                 f"{out / 'last.safetensors'} is damaged (its state is of another kind): restore it or train again"
@@ -444,12 +444,15 @@ def _calibrate(model: Model, dataset: Dataset, out: Path) -> None:
     save_checkpoint(out / "best.safetensors", dict(model.state_dict()), state)
 
 
-def _check_out(out: Path, config: Config, dataset: Dataset, resume: bool) -> None:
-    """Refuses a folder that can be neither begun nor, with `resume`, gone on with; writes nothing."""
+def _check_out(out: Path, config: Config, dataset: Dataset, resume: bool, last: str = "last.safetensors") -> None:
+    """Refuses a folder that can be neither begun nor, with `resume`, gone on with; writes nothing. last: what holds the progress."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is not an empty folder: choose another --out")
     ours = {".lock", ".config.json.tmp"}  # what is left of a process that was killed at once
     present = {entry.name for entry in out.iterdir()} - ours if out.exists() else set()
+    if (other := {"last.json", "last.safetensors"} - {last}) & present:
+        how = "torchrun --nproc-per-node N -m cafe.distributed" if "last.json" in other else "cafe train"
+        raise ValueError(f"{out} holds a run of `{how}`: go on with that, or choose another --out")
     if "config.json" not in present:
         if resume:
             raise FileNotFoundError(f"{out} holds no run to resume: leave --resume out")
@@ -491,17 +494,22 @@ def _open_run(out: Path, config: Config, dataset: Dataset, data: str | Path | No
 
 
 def _save_last(out: Path, model: Model, optimizers: Optimizers, state: dict[str, Any]) -> float:
-    """Saves what `_restore` needs; returns the seconds it took."""
+    """Saves what `restore` needs; returns the seconds it took."""
     began = time.monotonic()
+    save_checkpoint(out / "last.safetensors", state_tensors(model, optimizers), state)
+    return time.monotonic() - began
+
+
+def state_tensors(model: Model, optimizers: Optimizers) -> dict[str, torch.Tensor]:
+    """All that `restore` needs."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for part, optimizer in zip(Optimizers._fields, optimizers, strict=True):
         for index, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{part}.{index}.{key}": value for key, value in values.items()}
-    save_checkpoint(out / "last.safetensors", tensors, state)
-    return time.monotonic() - began
+    return tensors
 
 
-def _restore(model: Model, optimizers: Optimizers, tensors: dict[str, torch.Tensor]) -> None:
+def restore(model: Model, optimizers: Optimizers, tensors: dict[str, torch.Tensor]) -> None:
     model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
     for part, optimizer in zip(Optimizers._fields, optimizers, strict=True):
         saved = optimizer.state_dict()

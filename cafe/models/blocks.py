@@ -20,12 +20,24 @@ from cafe.models.base import Tokens
 from cafe_kernels.attention import DistanceMaskedAttention
 
 Masks = Tensor | tuple[float, ...]  # what dropout multiplies its three places in a block by
+ROWS = 1 << 16  # of a table that are drawn at once
 SITES = 3  # attention's output, the feed-forward's inner and outer ones
 
 
-def embedding_table(rows: int, config: Config) -> nn.Parameter:
-    """(rows, d), as every embedding begins."""
-    return nn.Parameter(torch.randn(rows, config.dim).mul_(config.init_std))
+def embedding_table(rows: int, config: Config, keep: range | None = None) -> nn.Parameter:
+    """(rows, d), as every embedding begins; with `keep` these rows alone, with the numbers that they have in the whole table, of which
+    no more than a part is ever in memory."""
+    if keep is None:
+        return nn.Parameter(torch.randn(rows, config.dim).mul_(config.init_std))
+    table = torch.empty(len(keep), config.dim)
+    # torch.randn draws multiples of 16 numbers in a row as it draws them at once, and its last 16 anew.
+    starts = range(0, max(1, rows - 15), ROWS)
+    for start, stop in zip(starts, [*starts[1:], rows], strict=True):
+        part = torch.randn(stop - start, config.dim).mul_(config.init_std)
+        first, last = max(start, keep.start), min(stop, keep.stop)
+        if first < last:
+            table[first - keep.start : last - keep.start] = part[first - start : last - start]
+    return nn.Parameter(table)
 
 
 def hide(x: Tensor, tokens: Tokens, hidden: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ class CAFE(SASRec):
     mask = True
     prior: Tensor
 
-    def __init__(self, config: Config, dataset: Dataset) -> None:
-        super().__init__(config, dataset)
+    def __init__(self, config: Config, dataset: Dataset, rows: range | None = None) -> None:
+        super().__init__(config, dataset, rows)
         self.intent_embedding = embedding_table(self.num_intents, config)
         self.intent_encoder = Encoder(config)
         if config.calibrate:

@@ -30,9 +30,10 @@ class SASRec(Model):
     intent_embedding: Tensor
     trust: Tensor
 
-    def __init__(self, config: Config, dataset: Dataset) -> None:
+    def __init__(self, config: Config, dataset: Dataset, rows: range | None = None) -> None:
+        """rows: of the item table these alone, which then have to be looked up elsewhere (cafe.distributed)."""
         super().__init__(config, dataset)
-        self.item_embedding = embedding_table(self.num_items, config)
+        self.item_embedding = embedding_table(self.num_items, config, rows)
         if config.compose_items:
             self.item_intent_embedding = embedding_table(self.num_intents, config)
         if config.shrinkage:
