@@ -11,7 +11,8 @@ QUICK := "test_attention.py::test_attention[n=50-64]" "test_attention.py::test_a
 
 .venv/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,distributed-cpu]"
+	$(BIN)/pip install -q -c constraints.txt --no-deps torchrec  # it asks for fbgemm-gpu, which is for CUDA
 	touch $@
 
 demo: .venv/installed
