@@ -61,6 +61,7 @@ from cafe.train import (
     _calibrates,
     _check_finite,
     _check_out,
+    _is_state,
     _locked,
     _open_run,
     _run_hash,
@@ -231,7 +232,9 @@ def _train(
     state: dict[str, Any] = {"step": 0, "best": -1.0, "best_epoch": -1, "since_best": 0, "loss": 0.0, "done": False}
     state["metrics"] = []
     if resume and (folder.out / "last.json").exists():
-        tensors, state = folder.load("last")
+        former, (tensors, state) = state, folder.load("last")
+        if not _is_state(state, former, config.epochs * len(batches)):
+            raise ValueError(f"{folder.out / 'last.json'} is damaged (its state is of another kind): train again")
         restore(model.model, optimizers, tensors)
         del tensors
     to_save, saved, stop = 0.0, time.monotonic(), False
