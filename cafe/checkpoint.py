@@ -40,7 +40,7 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and state of `path`; a missing, truncated or altered file is an error that names it."""
     with _opened(path) as file:
-        state, tensors = _state(file), {name: file.get_tensor(name) for name in sorted(file.keys())}
+        state, tensors = _state(file), {name: _aligned(file.get_tensor(name)) for name in sorted(file.keys())}
         if int(file.metadata()["tensors_crc32"]) != _crc(tensors):
             raise ValueError("its checksum differs")
     return tensors, state
@@ -72,6 +72,11 @@ def _state(file: Any) -> dict[str, Any]:
     if not isinstance(state := json.loads(metadata["state"]), dict):
         raise ValueError("its state is no JSON object")
     return state
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A file packs tensors without gaps, so that one may begin where the C++ kernels, which ask for whole elements, do not read."""
+    return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
 
 
 def _crc(tensors: dict[str, Tensor]) -> int:

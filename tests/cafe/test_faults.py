@@ -262,3 +262,12 @@ def test_a_command_that_finds_the_disk_full_says_so_in_one_line(whole, tmp_path,
         assert re.search(r"cannot write \S*out\S*: File too large; what was there before is kept", errors[0])
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         assert [entry.name for entry in tmp_path.iterdir()] == ["buys.csv"]
+
+
+def test_tensors_of_a_checkpoint_are_aligned(tmp_path):
+    """The odd number of int32 before them puts the float64 between their borders in the file."""
+    tensors = {"a": torch.arange(3, dtype=torch.int32), "b": torch.arange(5, dtype=torch.float64)}
+    save_checkpoint(tmp_path / "x.safetensors", tensors, {})
+    loaded, _ = load_checkpoint(tmp_path / "x.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in loaded.values())
