@@ -29,12 +29,14 @@ class ExportedModel:
         folder = Path(folder)
         self.meta = json.loads((folder / "export.json").read_text())
         self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-        self.items = np.load(folder / "items.npy", mmap_mode="r")
+        self.items = np.load(folder / "items.npy", mmap_mode="r", allow_pickle=False)
         table = pl.read_parquet(folder / "items.parquet", columns=["item", "intent", "intent_number"], glob=False)
         self.item_ids, self.intent_ids = table["item"].to_list(), table["intent"].to_list()
         self.item_intent = table["intent_number"].to_numpy()
         self.number = {item: number for number, item in enumerate(self.item_ids)}
-        self.intents = np.load(folder / "intents.npy") if "intents" in self.meta["shapes"] else np.empty((0, 0))
+        self.intents = np.empty((0, 0))
+        if "intents" in self.meta["shapes"]:
+            self.intents = np.load(folder / "intents.npy", allow_pickle=False)
 
     def outputs(self, histories: list[list[int]]) -> dict[str, np.ndarray]:
         """What the model says of histories of item numbers, oldest first, by name: query (B, D), intent_query (B, d), bias (B,)."""

@@ -364,7 +364,7 @@ def test_refusals(monkeypatch):
     [
         ({"k": np.zeros((4, 2, 16), np.float32)}, r"k must have shape \(5, 2, 16\), got \(4, 2, 16\)"),
         ({"lse": np.zeros((5, 2), np.float32)}, r"lse must have shape \(2, 5\)"),
-        ({"q": np.zeros((5, 32), np.float32)}, r"q must be \(total, heads, dim\)"),
+        ({"q": np.zeros((5, 32), np.float32)}, r"q must be \(total, heads up to 65536, dim\), got shape \(5, 32\)"),
         ({"log_theta": np.zeros((2, 2), np.float32)}, r"log_theta must have shape \(2, n\), n >= 3"),
         (
             {"causal": False, "log_theta": np.zeros((2, 3), np.float32)},
@@ -378,7 +378,7 @@ def test_refusals(monkeypatch):
         ({"cu_seqlens": np.array([0, 3, 2, 5], np.int32)}, "cu_seqlens must ascend from 0 to the 5 tokens"),
         ({"cu_seqlens": np.zeros(0, np.int32)}, "cu_seqlens must be"),
         ({"dropout_p": 1.0}, "dropout_p must be in"),
-        ({"threads": 0}, "threads must be at least 1"),
+        ({"threads": 0}, r"threads must be in 1 ... 65536, got 0"),
         ({"dlog_theta": None}, "both be given, or neither"),
     ],
 )
