@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cafe_kernels import stored
-
 BACKENDS = ("reference", "cpu", "triton")
 # Options of a Triton launch that only its compiler knows.
 ONE_VENDOR = {"maxnreg": "NVIDIA", "matrix_instr_nonkdim": "AMD", "waves_per_eu": "AMD"}
@@ -29,8 +27,6 @@ def choose_backend(backend: str | None, module: Callable[[str], ModuleType], *te
     if chosen == "reference":
         return chosen
     try:
-        if chosen == "triton":
-            stored.use()
         reason = module(chosen).unavailable(*tensors)
     except ImportError as error:  # triton has no wheels for some platforms
         reason = str(error)

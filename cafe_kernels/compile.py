@@ -229,10 +229,14 @@ def _count(which: tuple[str, str]) -> tuple[Counted, ...]:
 
 
 def _compile(which: tuple[str, str, str, Path | None]) -> Row:
+    from triton import knobs
+    from triton.runtime.cache import FileCacheManager
+
     module, name, target, out = which
     case = _cases(module)[name]
     matrix = case.get("matrix", case["dtype"] in ("fp16", "bf16"))
     resources, error = None, None
+    knobs.cache.manager_class = FileCacheManager  # stored kernels lack what is read here
     try:
         compiled = compile_case(case, target)
     except Exception as e:  # a compiler's error may be of any class

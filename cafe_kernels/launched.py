@@ -10,6 +10,10 @@ from typing import Any
 
 import triton
 
+from cafe_kernels import stored
+
+stored.use()  # whoever imports a kernel that is launched comes by here
+
 
 def launched(**numbers: str) -> Callable[[Any], Any]:
     """`@launched(i32="tokens count", i64="seed")`: triton.jit with these types of its whole numbers; names it does not have are ignored."""

@@ -22,7 +22,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "benchmarks/README.md",
     "benchmarks/RESULTS.md",
-    "benchmarks/results/attention_growth.png",
+    *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("benchmarks/results/*.png")),
     "examples/own_loop.py",
 )
 WALKTHROUGH = "examples/walkthrough.py", "walkthrough.md"
