@@ -39,8 +39,8 @@ system is trained to its own best validation (aligned NDCG@10, early stopping af
 epochs) and ranked once on the test answers: `aligned` and `full` measure ([docs/protocol.md](../docs/protocol.md)), `authors` shows an
 artefact. d = 64, n = 50, 2 blocks, Adam 1e-3. In Tables 2 and 3 every system has the objective of its own paper and batches of 64:
 SASRec, SSE-PT, FDSA and CAFE one uniform negative (Eq. 9), the cloze systems the softmax over all items with 0.6 hidden; nothing is
-tuned per data set. `best` is in `cafe/config.py`, found on the validation answers of Beauty sparse alone. Seconds are of the wall clock: those of
-the dense Beauty ran beside other work, and compare to nothing.
+tuned per data set. `best` is in `cafe/config.py`, found on the validation answers of Beauty sparse alone. Seconds are of the wall
+clock: those of the dense Beauty ran beside other work, and compare to nothing.
 
 ## The paper's own numbers
 
