@@ -49,16 +49,14 @@ from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.data.folders import read_sealed, seal, write_atomically
 from cafe.models import MODELS
-from cafe.models.base import RANKINGS, Batch, Model
-from cafe.plots import learned_masks, plot_curve, plot_theta
+from cafe.models.base import Batch, Model
+from cafe.plots import plot_curve
 from cafe.sharding import TABLE, Sharded, ShardedTable
 from cafe.train import (
     SAVING_SHARE,
-    SCORES_TO_CALIBRATE,
     STREAMS,
     Interrupted,
     Optimizers,
-    _calibrates,
     _check_finite,
     _check_out,
     _is_state,
@@ -67,7 +65,11 @@ from cafe.train import (
     _run_hash,
     _validate,
     _write_metrics,
+    calibrate,
+    is_best,
     make_optimizers,
+    new_state,
+    plot_masks,
     restore,
     state_tensors,
 )
@@ -229,8 +231,7 @@ def _train(
     config, rank, ranks = model.config, dist.get_rank(), dist.get_world_size()
     batches = Batches(config, dataset)
     optimizers = make_optimizers(model.model)
-    state: dict[str, Any] = {"step": 0, "best": -1.0, "best_epoch": -1, "since_best": 0, "loss": 0.0, "done": False}
-    state["metrics"] = []
+    state = new_state()
     if resume and (folder.out / "last.json").exists():
         former, (tensors, state) = state, folder.load("last")
         if not _is_state(state, former, config.epochs * len(batches)):
@@ -285,12 +286,9 @@ def _train(
         last_epoch = epoch + 1 >= config.epochs
         if (epoch + 1) % config.valid_every == 0 or last_epoch:
             metrics["valid"] = _validate(cast(Any, model), dataset)
-            if metrics["valid"]["ndcg@10"] > state["best"]:
-                state |= {"best": metrics["valid"]["ndcg@10"], "best_epoch": epoch, "since_best": 0}
+            if is_best(state, metrics["valid"]["ndcg@10"], epoch):
                 of_best = {"epoch": epoch, "step": state["step"], **metrics["valid"]}
                 folder.save("best", dict(model.model.state_dict()), of_best)
-            else:
-                state["since_best"] += 1
         state["done"] = last_epoch or state["since_best"] >= config.patience
         state["metrics"].append(metrics)
         to_save, saved = save()
@@ -305,22 +303,16 @@ def _train(
 
 def _finish(model: Sharded, dataset: Dataset, folder: "Checkpoints") -> None:
     """The best weights, calibrated as cafe.train does it; the plain run; the plots."""
-    config = model.config
     tensors, state = folder.load("best")
     model.model.load_state_dict(tensors)
     del tensors
-    if _calibrates(config) and "calibrated" not in state:
-        users = max(200, min(config.valid_users, SCORES_TO_CALIBRATE // dataset.num_items))
-        for protocol in set(RANKINGS) - {config.valid_protocol}:
-            state["calibrated"] = {protocol: _validate(cast(Any, model), dataset, protocol, users)}
+    if calibrate(cast(Any, model), dataset, state):
         folder.save("best", dict(model.model.state_dict()), state)
     if dist.get_rank() == 0:
         export(folder.out)
         plot_curve(folder.out)
-        if masks := list(learned_masks(model.model).values()):
-            lengths = dataset.train().lengths
-            lengths = np.minimum(lengths[lengths >= 2] - 1, config.max_len)
-            plot_theta([mask.theta_curves() for mask in masks], lengths, folder.out / "theta.png", masks[0].causal)
+        lengths = dataset.train().lengths
+        plot_masks(model.model, lengths[lengths >= 2], folder.out)
     folder.barrier()
 
 

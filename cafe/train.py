@@ -149,8 +149,7 @@ def _train(
     config = model.config
     run_hash = _run_hash(asdict(config), dataset.fingerprint)
     optimizers = make_optimizers(model)
-    state: dict[str, Any] = {"step": 0, "best": -1.0, "best_epoch": -1, "since_best": 0, "loss": 0.0, "done": False}
-    state["metrics"] = []
+    state = new_state()
     if resume and (out / "last.safetensors").exists():
         former, state = state, _load(out / "last.safetensors", run_hash, partial(restore, model, optimizers))
         if not _is_state(state, former, config.epochs * len(batches)):
@@ -211,16 +210,12 @@ def _train(
                 model.to("cpu")
             metrics["valid"] = _validate(model, dataset)
             place(model, target, on_host)
-            better = metrics["valid"]["ndcg@10"] > state["best"]
-            if better:
-                state |= {"best": metrics["valid"]["ndcg@10"], "best_epoch": epoch, "since_best": 0}
+            if is_best(state, metrics["valid"]["ndcg@10"], epoch):
                 save_checkpoint(
                     out / "best.safetensors",
                     dict(model.state_dict()),
                     {"run": run_hash, "epoch": epoch, "step": state["step"], **metrics["valid"]},
                 )
-            else:
-                state["since_best"] += 1
         state["done"] = last_epoch or state["since_best"] >= config.patience
         state["metrics"].append(metrics)
         to_save, saved = _save_last(out, model, optimizers, state), time.monotonic()
@@ -233,11 +228,30 @@ def _train(
         model.to("cpu")
     del optimizers  # two moments a weight make room for the calibration
     _calibrate(model, dataset, out)
-    masks = list(learned_masks(model).values())
-    if masks:
-        lengths = np.minimum(batches.train.lengths[batches.rows] - 1, config.max_len)
-        plot_theta([mask.theta_curves() for mask in masks], lengths, out / "theta.png", masks[0].causal)
+    plot_masks(model, batches.train.lengths[batches.rows], out)
     return model.eval()
+
+
+def new_state() -> dict[str, Any]:
+    """The progress of a training that begins, as it is saved with every checkpoint."""
+    numbers = {"step": 0, "best": -1.0, "best_epoch": -1, "since_best": 0, "loss": 0.0, "done": False}
+    return {**numbers, "metrics": []}
+
+
+def is_best(state: dict[str, Any], value: float, epoch: int) -> bool:
+    """Notes the validation of an epoch in `state`: is it better than all before?"""
+    if value > state["best"]:
+        state |= {"best": value, "best_epoch": epoch, "since_best": 0}
+        return True
+    state["since_best"] += 1
+    return False
+
+
+def plot_masks(model: Model, lengths: np.ndarray, out: Path) -> None:
+    """theta.png, where the model has distance masks; lengths: of the sequences that were trained on."""
+    if masks := list(learned_masks(model).values()):
+        lengths = np.minimum(lengths - 1, model.config.max_len)
+        plot_theta([mask.theta_curves() for mask in masks], lengths, out / "theta.png", masks[0].causal)
 
 
 class Optimizers(NamedTuple):
@@ -433,15 +447,23 @@ def _validate(
 
 
 def _calibrate(model: Model, dataset: Dataset, out: Path) -> None:
-    """Loads the best checkpoint and fits the weights of the rankings that validation did not fit, on as many users as is cheap."""
+    """Loads the best checkpoint and calibrates it."""
     run_hash = _run_hash(asdict(model.config), dataset.fingerprint)
     state = _load(out / "best.safetensors", run_hash, model.load_state_dict)
-    if not _calibrates(model.config) or "calibrated" in state:
-        return
-    users = max(200, min(model.config.valid_users, SCORES_TO_CALIBRATE // dataset.num_items))
-    for protocol in set(RANKINGS) - {model.config.valid_protocol}:
+    if calibrate(model, dataset, state):
+        save_checkpoint(out / "best.safetensors", dict(model.state_dict()), state)
+
+
+def calibrate(model: Model, dataset: Dataset, state: dict[str, Any]) -> bool:
+    """Fits the weights of the rankings that validation did not fit, on as many users as is cheap, and notes it in the checkpoint's
+    `state`; False where there is nothing to do."""
+    config = model.config
+    if not _calibrates(config) or "calibrated" in state:
+        return False
+    users = max(200, min(config.valid_users, SCORES_TO_CALIBRATE // dataset.num_items))
+    for protocol in set(RANKINGS) - {config.valid_protocol}:
         state["calibrated"] = {protocol: _validate(model, dataset, protocol, users)}
-    save_checkpoint(out / "best.safetensors", dict(model.state_dict()), state)
+    return True
 
 
 def _check_out(out: Path, config: Config, dataset: Dataset, resume: bool, last: str = "last.safetensors") -> None:
