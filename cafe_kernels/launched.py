@@ -15,9 +15,14 @@ from cafe_kernels import stored
 stored.use()  # whoever imports a kernel that is launched comes by here
 
 
+def types_of(numbers: dict[str, str]) -> dict[str, str]:
+    """{"i32": "tokens count"} by name: {"tokens": "i32", "count": "i32"}."""
+    return {name: kind for kind, names in numbers.items() for name in names.split()}
+
+
 def launched(**numbers: str) -> Callable[[Any], Any]:
     """`@launched(i32="tokens count", i64="seed")`: triton.jit with these types of its whole numbers; names it does not have are ignored."""
-    types = {name: kind for kind, names in numbers.items() for name in names.split()}
+    types = types_of(numbers)
 
     def decorate(function: Any) -> Any:
         function.__annotations__ |= types

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cafe_kernels.backends import ONE_VENDOR, vendor_options
-from cafe_kernels.launched import launched
+from cafe_kernels.launched import launched, types_of
 
 if "disable_licm" not in inspect.signature(tl.range).parameters:
     raise ImportError(f"triton {triton.__version__} is too old: it has no tl.range(..., disable_licm)")
@@ -191,7 +191,7 @@ def dropout(dropout_p: float) -> tuple[int, float]:
 
 def case(name: str, kernel: Any, constants: dict[str, Any], dtype: str = "fp32") -> dict[str, Any]:
     """A line of compile_cases: what triton.compile needs to know of a kernel, as cafe_kernels.compile reads it."""
-    types = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
+    types = types_of(ARGUMENTS)
     fixed = {key: value for key, value in constants.items() if key not in ("num_warps", "num_stages", *ONE_VENDOR)}
     if not fixed.get("HAS_BIAS", True):
         fixed |= {name: None for name in ("log_theta", "partial") if name in kernel.arg_names}

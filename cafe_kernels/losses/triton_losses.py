@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cafe_kernels.backends import launchable, vendor_options
-from cafe_kernels.launched import launched
+from cafe_kernels.launched import launched, types_of
 from cafe_kernels.losses.ops import parts_of
 
 BLOCK_K, BLOCK_T, CHUNK = 16, 16, 16
@@ -429,11 +429,10 @@ def _block(dim: int) -> int:
 def compile_cases() -> list[dict[str, Any]]:
     """What training launches at d = 64 and 128: Eq. 9; the sampled softmax of items, where shared negatives are corrected by log-Q and
     hidden from the sequences that hold them, and that of all intents; tables that are composed, or bfloat16."""
-    ids, real, wide = "*i64", "*fp32", "i64"
+    ids, real = "*i64", "*fp32"
     types = {
         "item_intent": ids, "positives": ids, "negatives": ids, "sequence": ids, "ignore": "*u8", "starts": ids, "order": ids,
-        "targets": ids, "tokens": "i32", "count": "i32", "stride": "i32", "entries": wide, "factors": wide,
-        "positive_weight": "fp32", "negative_weight": "fp32",
+        "targets": ids, "positive_weight": "fp32", "negative_weight": "fp32", **types_of(NUMBERS),
     }  # fmt: skip
     eq9, items, intents = "bce", "softmax of items", "softmax of intents"
     asked = [(kernel, kind) for kind in (items, intents) for kernel in (shared_kernel, columns_kernel)]

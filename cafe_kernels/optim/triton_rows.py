@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cafe_kernels.launched import launched
+from cafe_kernels.launched import launched, types_of
 from cafe_kernels.optim import history as past
+
+NUMBERS = {"i32": "n first step", "i64": "seed"}
 
 
 @triton.jit
@@ -69,7 +71,7 @@ def _skipped(p, m, v, s, now, first, history, log_beta1, log_beta2, eps, NEGLIGI
     return p, at
 
 
-@launched(i32="n first step", i64="seed")
+@launched(**NUMBERS)
 def adam_rows(
     table, exp_avg, exp_avg_sq, last_step, history, rows, order, values, n, first, step,
     beta1, beta2, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, decay, size, step_eps, seed,
@@ -173,14 +175,7 @@ def compile_cases() -> list[dict[str, Any]]:
                 pointers = dict.fromkeys(("table", "values"), f"*{dtype}")
                 pointers |= dict.fromkeys(("exp_avg", "exp_avg_sq"), f"*{moments}")
                 pointers |= {"last_step": "*i32", "history": "*fp64", "rows": "*i64", "order": "*i64"}
-                signature = {
-                    **{x: pointers[x] for x in ("table", "exp_avg", "exp_avg_sq", "last_step", "history", "rows", "order", "values")},
-                    **dict.fromkeys(("n", "first", "step"), "i32"),
-                    **dict.fromkeys(
-                        ("beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "log_beta1", "log_beta2", "eps", "decay",
-                         "size", "step_eps"), "fp32"),
-                    "seed": "i64",
-                }  # fmt: skip
+                types = pointers | types_of(NUMBERS)
                 constexprs = {"dim": dim, "BLOCK": dim, "GRADIENT": gradient, "EXACT": exact, "STOCHASTIC": dtype == "bf16",
                               "NEGLIGIBLE": past.NEGLIGIBLE, **dict.fromkeys([] if gradient else ["values"]),
                               **dict.fromkeys([] if exact else ["last_step", "history"])}  # fmt: skip
@@ -188,7 +183,9 @@ def compile_cases() -> list[dict[str, Any]]:
                     {
                         "name": f"adam_rows {name} {dtype}, moments {moments}, dim {dim}",
                         "kernel": adam_rows,
-                        "signature": signature | dict.fromkeys(constexprs, "constexpr"),
+                        "signature": {
+                            x: "constexpr" if x in constexprs else types.get(x, "fp32") for x in adam_rows.arg_names
+                        },
                         "constexprs": constexprs,
                         "num_warps": 1,
                         "num_stages": 1,

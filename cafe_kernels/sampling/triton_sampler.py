@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cafe_kernels.attention.triton_common import philox
 from cafe_kernels.backends import launchable, vendor_options
-from cafe_kernels.launched import launched
+from cafe_kernels.launched import launched, types_of
 
 ATTEMPTS = tl.constexpr(256)  # csrc/sampler.cpp: kAttempts
 STREAM = tl.constexpr(0)  # csrc/philox.h: kSamplerStream
@@ -237,7 +237,7 @@ def _signed(seed: int) -> int:
 def compile_cases() -> list[dict[str, Any]]:
     """What the offline compiler builds: the three ways to draw."""
     types = {"entries": "*i32", "p": "*fp64", "indptr": "*i64", "indices": "*i32", "rows": "*i64", "out": "*i32",
-             "total": "i64", "k": "i32", "items": "i64", "seed": "i64", "offset": "i64"}  # fmt: skip
+             **types_of(NUMBERS)}  # fmt: skip
     absent = dict.fromkeys(("indptr", "indices", "rows"))
     cases = []
     for name, kernel, constants in (
