@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from cafe.doctor import processor
+
 VERSION = 2  # of the results' format, see `write`
 RESULTS = Path(os.environ.get("CAFE_RESULTS", Path(__file__).parent / "results"))
 Medians = dict[str, float]  # seconds a call of each contestant
@@ -73,10 +75,8 @@ def table(title: str, steady: dict[str, float], after: dict[str, float], ours: s
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on, and how busy it was: the load averages of 1, 5 and 15 minutes at the end of the measurement."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.split(": ")[1] for line in cpuinfo.splitlines() if line.startswith("model name")]
     return {
-        "cpu": models[0] if models else platform.processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "load_average": list(os.getloadavg()),

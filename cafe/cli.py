@@ -510,6 +510,20 @@ def export(
     out_console.print(f"Next: python {out / 'serve.py'} ITEM,ITEM,...", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what works here and what does not: versions, the extension, GPUs, and a test of every op. Exits with 1 if something is broken.
+
+    Example: cafe doctor --json
+    """
+    from cafe.doctor import examine, text
+
+    found = examine()
+    emit(found) if as_json else print(text(found))
+    if found["problems"]:
+        raise typer.Exit(1)
+
+
 def _recommend_file(recommender: Any, users: Path, out: Path, k: int, as_json: bool) -> None:
     import polars as pl
 
@@ -617,20 +631,6 @@ class _Rate:
         self.started = self.started or monotonic()
         self.tokens += tokens
         return self.tokens / max(monotonic() - self.started, 1e-9)
-
-
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """Say what works here and what does not: versions, the extension, GPUs, and a test of every op. Exits with 1 if something is broken.
-
-    Example: cafe doctor --json
-    """
-    from cafe.doctor import examine, text
-
-    found = examine()
-    emit(found) if as_json else print(text(found))
-    if found["problems"]:
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 import time
 import warnings
@@ -40,11 +41,11 @@ TOLERANCE = 1e-4  # of the largest number of the reference: float32, a few hundr
 def examine() -> dict[str, Any]:
     """All findings, fit for JSON. `problems` lists what does not work, one line each; empty when all is well."""
     found: dict[str, Any] = {
-        "versions": {"cafe-kernels": _version("cafe-kernels"), "python": platform.python_version()}
-        | {name: _version(name) for name in PACKAGES},
+        "versions": {"cafe-kernels": version("cafe-kernels"), "python": platform.python_version()}
+        | {name: version(name) for name in PACKAGES},
         "system": {
             "platform": platform.platform(),
-            "cpu": _cpu(),
+            "cpu": processor(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         },
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -78,19 +79,19 @@ def examine() -> dict[str, Any]:
     return found
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+def processor() -> str:
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else []
+    return names[0] if names else platform.processor() or "unknown"
 
 
 def _instructions(extension: Any) -> list[str]:

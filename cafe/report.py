@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from html import escape
-from importlib import metadata
 from pathlib import Path
 from string import Template
 from typing import Any, get_args
@@ -28,6 +27,7 @@ from cafe.config import Config
 from cafe.config import Model as Kind
 from cafe.data.dataset import Dataset
 from cafe.data.folders import write_atomically
+from cafe.doctor import processor, version
 from cafe.evaluation import Evaluation, compare
 from cafe.experiment import possible_protocols, ranked, read_names, slug
 from cafe.metrics import bootstrap_means, interval
@@ -549,25 +549,12 @@ def _environment(page: Page, groups: Sequence[Group], split: str) -> None:
     page.heading("Environment")
     torches = sorted({read_run(run)["torch"] for group in groups for s in group.systems for run in s.runs.values()})
     rows = [
-        *([name, _version(name)] for name in PACKAGES),
+        *([name, version(name) or "not installed"] for name in PACKAGES),
         ["python", platform.python_version()],
         ["torch of the trainings", ", ".join(torches)],
-        ["processor", f"{_processor()}, {os.cpu_count()} cores"],
+        ["processor", f"{processor()}, {os.cpu_count()} cores"],
         ["system", f"{platform.system()} {platform.machine()}"],
         ["data", ", ".join(str(group.data) for group in groups)],
         ["split ranked", split],
     ]
     page.table(["what", "version"], rows, "Of the machine that wrote this page", left=2)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else []
-    return names[0] if names else platform.processor() or "unknown"
