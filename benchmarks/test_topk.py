@@ -28,7 +28,8 @@ from benchmarks.common import Medians, Spread, keep_memory, quartiles, recording
 from cafe.config import Config
 from cafe.data import simulate
 from cafe.data.prepare import prepare
-from cafe.train import fit, load_run
+from cafe.runs import load_run
+from cafe.train import fit
 from cafe_kernels import TopKIndex
 
 ITEMS, DIM, COPIES, USERS, K = 1_910_000, 128, 50, 256, 10

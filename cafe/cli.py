@@ -195,7 +195,8 @@ def train(
 
     from cafe.config import Config
     from cafe.data.dataset import Dataset
-    from cafe.train import Interrupted, fit, read_run
+    from cafe.runs import read_run
+    from cafe.train import Interrupted, fit
 
     if torch.distributed.is_torchelastic_launched():  # by torchrun: several processes train together
         from cafe.distributed import fit
@@ -501,7 +502,7 @@ def export(
     Example: cafe export --run runs/cafe --out serving/cafe
     """
     from cafe.export import export as write
-    from cafe.train import load_run
+    from cafe.runs import load_run
 
     meta = write(*load_run(run, data), out)
     if as_json:
@@ -578,7 +579,7 @@ def _recommend_file(recommender: Any, users: Path, out: Path, k: int, as_json: b
 
 def _evaluate(run: Path, data: Path | None, split: str, protocol: str, seed: int, max_users: int | None) -> Any:
     from cafe.evaluate import evaluate as rank
-    from cafe.train import load_run
+    from cafe.runs import load_run
 
     model, dataset = load_run(run, data)
     with Progress(console=err_console, transient=True, disable=not err_console.is_terminal) as bar:

@@ -133,6 +133,11 @@ class Config:
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed}: expected 0 to 2^31 - 1")
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether the joint score has weights and they are fitted (cafe.validate)."""
+        return self.calibrate and self.model == "cafe"
+
     @classmethod
     def make(cls, model: str, preset: str = "paper", **overrides: Any) -> "Config":
         """The preset of a model with some fields changed.

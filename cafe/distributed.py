@@ -51,28 +51,20 @@ from cafe.data.folders import read_sealed, seal, write_atomically
 from cafe.models import MODELS
 from cafe.models.base import Batch, Model
 from cafe.plots import plot_curve
+from cafe.runs import check_out, hash_of, is_best, is_state, locked, new_state, open_run, write_metrics
 from cafe.sharding import TABLE, Sharded, ShardedTable
 from cafe.train import (
     SAVING_SHARE,
     STREAMS,
     Interrupted,
     Optimizers,
-    _check_finite,
-    _check_out,
-    _is_state,
-    _locked,
-    _open_run,
-    _run_hash,
-    _validate,
-    _write_metrics,
-    calibrate,
-    is_best,
+    check_finite,
     make_optimizers,
-    new_state,
     plot_masks,
     restore,
     state_tensors,
 )
+from cafe.validate import calibrate, validate
 
 MODELS_HERE = ("sasrec", "cafe")
 SILENCE = 45  # seconds without a word from a rank until the others give it up; while files are written:
@@ -140,7 +132,7 @@ def train_step(
     for gradient, total in zip(gradients, parts, strict=True):
         gradient.copy_(total.view_as(gradient))
     value, *raised = numbers.tolist()
-    _check_finite(value, batch.step // dist.get_world_size(), config.lr)
+    check_finite(value, batch.step // dist.get_world_size(), config.lr)
     for one in optimizers:
         one.step()
     return value, [flag > 0 for flag in raised]
@@ -192,14 +184,14 @@ def fit(
         first, ranks = dist.get_rank() == 0, dist.get_world_size()
         if (ranks - 1) * -(-dataset.num_items // ranks) >= dataset.num_items:
             raise ValueError(f"{dataset.num_items} items leave some of {ranks} ranks without any: use fewer ranks")
-        _check_out(out, config, dataset, resume, "last.json")
+        check_out(out, config, dataset, resume, "last.json")
         barrier()
-        with _locked(out) if first else nullcontext():
+        with locked(out) if first else nullcontext():
             if first:
-                _check_out(out, config, dataset, resume, "last.json")
-                _open_run(out, config, dataset, data, resume)
+                check_out(out, config, dataset, resume, "last.json")
+                open_run(out, config, dataset, data, resume)
             model = build(config, dataset, where)
-            folder = Checkpoints(out, _run_hash(asdict(config), dataset.fingerprint), model.table, barrier)
+            folder = Checkpoints(out, hash_of(asdict(config), dataset.fingerprint), model.table, barrier)
             if not first:
                 progress = lambda event: None  # noqa: E731
             _train(model, dataset, folder, resume, checkpoint_seconds, progress, stopped)
@@ -234,7 +226,7 @@ def _train(
     state = new_state()
     if resume and (folder.out / "last.json").exists():
         former, (tensors, state) = state, folder.load("last")
-        if not _is_state(state, former, config.epochs * len(batches)):
+        if not is_state(state, former, config.epochs * len(batches)):
             raise ValueError(f"{folder.out / 'last.json'} is damaged (its state is of another kind): train again")
         restore(model.model, optimizers, tensors)
         del tensors
@@ -285,7 +277,7 @@ def _train(
         optimizers.tables.flush()
         last_epoch = epoch + 1 >= config.epochs
         if (epoch + 1) % config.valid_every == 0 or last_epoch:
-            metrics["valid"] = _validate(cast(Any, model), dataset)
+            metrics["valid"] = validate(cast(Any, model), dataset)
             if is_best(state, metrics["valid"]["ndcg@10"], epoch):
                 of_best = {"epoch": epoch, "step": state["step"], **metrics["valid"]}
                 folder.save("best", dict(model.model.state_dict()), of_best)
@@ -293,7 +285,7 @@ def _train(
         state["metrics"].append(metrics)
         to_save, saved = save()
         if rank == 0:
-            _write_metrics(folder.out, state["metrics"])
+            write_metrics(folder.out, state["metrics"])
         progress(metrics | {"best_epoch": state["best_epoch"]})
         if stop and not state["done"]:
             raise Interrupted(

@@ -31,7 +31,8 @@ from cafe.data.dataset import Dataset
 from cafe.data.folders import write_atomically
 from cafe.evaluate import evaluate
 from cafe.evaluation import Evaluation, Results
-from cafe.train import fit, load_run
+from cafe.runs import load_run
+from cafe.train import fit
 
 if sys.version_info >= (3, 11):
     import tomllib

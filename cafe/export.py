@@ -60,7 +60,7 @@ def export(model: Model, dataset: Dataset, out: str | Path) -> dict[str, Any]:
     """Writes the folder `out` (see the top of this file).
 
     Args:
-        model, dataset: of `cafe.train.load_run`, or of `fit`.
+        model, dataset: of `cafe.runs.load_run`, or of `fit`.
         out: a folder that is not there yet, or is empty.
 
     Returns:

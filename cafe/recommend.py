@@ -18,7 +18,7 @@ from torch import Tensor
 from cafe.data.dataset import Dataset
 from cafe.models import Model
 from cafe.models.sasrec import SASRec
-from cafe.train import load_run
+from cafe.runs import load_run
 from cafe_kernels import TopKIndex
 
 BYTES = 256 << 20  # for the scores of one batch of users

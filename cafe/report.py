@@ -31,8 +31,8 @@ from cafe.doctor import processor, version
 from cafe.evaluation import Evaluation, compare
 from cafe.experiment import possible_protocols, ranked, read_names, slug
 from cafe.metrics import bootstrap_means, interval
+from cafe.runs import dataset_of, load_run, read_run
 from cafe.tables import SHOWN
-from cafe.train import dataset_of, load_run, read_run
 
 PAGE = "index.html"
 PICTURE = re.compile(r"(ranking|sparsity|attention|embeddings|theta|curves)-[0-9]+\.png")

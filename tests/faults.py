@@ -24,16 +24,17 @@ from pathlib import Path
 
 import torch
 
+import cafe.runs
 import cafe.train
 from cafe.checkpoint import load_checkpoint
 from cafe.cli import main as cafe_main
-from cafe.train import read_run
+from cafe.runs import read_run
 
 PARTS = {
     "train_step": "step",
     "save_checkpoint": "saving",
     "write_atomically": "saving",
-    "_validate": "validating",
+    "validate": "validating",
     "plot_curve": "finishing",
     "_calibrate": "finishing",
     "plot_theta": "finishing",
@@ -71,8 +72,9 @@ def start(arguments, log):
         return true_fit(*values, progress=tell, checkpoint_seconds=0, **options)
 
     true_fit, cafe.train.fit = cafe.train.fit, fit
-    for name, part in PARTS.items():
-        setattr(cafe.train, name, told(getattr(cafe.train, name), part))
+    for module in (cafe.train, cafe.runs):
+        for name in PARTS.keys() & vars(module).keys():
+            setattr(module, name, told(getattr(module, name), PARTS[name]))
     sys.argv = ["cafe", *map(str, arguments)]
     try:
         cafe_main()

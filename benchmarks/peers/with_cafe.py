@@ -10,7 +10,8 @@ from cafe.batches import Batches
 from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.models import build
-from cafe.train import _validate, make_optimizers, train_step
+from cafe.train import make_optimizers, train_step
+from cafe.validate import validate
 
 USERS_TO_FIT = 500  # the two weights of CAFE best's joint score: of all users it takes seven times as long
 
@@ -37,7 +38,7 @@ def main() -> None:
         return model.join(item, None if intent is None else intent[:, model.item_intent])
 
     def calibrate() -> None:
-        _validate(model, dataset, "full", USERS_TO_FIT)
+        validate(model, dataset, "full", USERS_TO_FIT)
 
     contestant.start()
     number, going = 0, True

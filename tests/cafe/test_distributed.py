@@ -21,7 +21,8 @@ from cafe.data.dataset import Dataset
 from cafe.evaluate import evaluate
 from cafe.models import blocks
 from cafe.recommend import Recommender
-from cafe.train import fit, load_run
+from cafe.runs import load_run
+from cafe.train import fit
 from cafe_kernels import TopKIndex
 from tests import ranks
 

@@ -22,7 +22,8 @@ from cafe.data.folders import checksum, new_folder, read_sealed, seal, write_fil
 from cafe.data.prepare import prepare
 from cafe.evaluation import Evaluation
 from cafe.experiment import read_experiment, read_names, slug
-from cafe.train import fit, load_run
+from cafe.runs import load_run
+from cafe.train import fit
 from cafe_kernels import RowSparseAdam
 
 CONFIG = Config.make("cafe", "best", dim=8, max_len=4, batch_size=32, epochs=1)

@@ -10,13 +10,14 @@ import pytest
 import torch
 from scipy import stats
 
-from cafe import train
 from cafe.batches import Batches, prefetch
 from cafe.checkpoint import load_checkpoint
 from cafe.config import Config
 from cafe.data.dataset import Dataset, Sequences
 from cafe.evaluate import evaluate, joint_name
 from cafe.models import build
+from cafe.train import fit
+from cafe.validate import JOINT_WEIGHTS, validate
 
 P_VALUE = 1e-3  # a right sampler fails one seed in a thousand; the seeds are fixed, so what passes once always passes
 TINY = {"dim": 16, "max_len": 8, "batch_size": 32}
@@ -167,13 +168,13 @@ def test_calibration_keeps_the_weight_that_validates_best(dataset, model, protoc
 
     best = (0.0, 0.0)
     for axis in (0, 1, 0) if protocol == "full" else (0,):
-        tried = [(x, best[1]) if axis == 0 else (best[0], x) for x in train.JOINT_WEIGHTS[axis]]
+        tried = [(x, best[1]) if axis == 0 else (best[0], x) for x in JOINT_WEIGHTS[axis]]
         scores = [by_hand(weights) for weights in tried]
         assert len(set(scores)) > 3
         best = tried[int(np.argmax(scores))]
     assert best[0] != 1.0
     net.intent_weight[:], at_7 = 7.0, net.prior_weight.fill_(7.0).item()
-    found = train._validate(net, dataset, protocol)
+    found = validate(net, dataset, protocol)
     assert (found["intent_weight"], found["prior_weight"]) == best
     assert found["ndcg@10"] == pytest.approx(max(scores), abs=1e-9)
     assert net.intent_weight[place] == pytest.approx(best[0])
@@ -182,17 +183,17 @@ def test_calibration_keeps_the_weight_that_validates_best(dataset, model, protoc
     assert evaluate(net, dataset, "valid", protocol, max_users=70).mean("ndcg@10", "joint") == max(scores)
     plain = build(Config.make("cafe", **TINY, join="log_softmax", valid_users=70), dataset)
     plain.load_state_dict(model.state_dict())
-    assert train._validate(plain, dataset, protocol)["ndcg@10"] == pytest.approx(by_hand((1.0, 0.0)), abs=1e-9)
+    assert validate(plain, dataset, protocol)["ndcg@10"] == pytest.approx(by_hand((1.0, 0.0)), abs=1e-9)
     assert plain.intent_weight.tolist() == [1.0, 1.0]
 
 
 def test_calibration_goes_by_ndcg(dataset, monkeypatch):
     """Of a model whose best weight is 0.3 by NDCG@10 and 0.8 by another metric."""
     best = {"ndcg@10": 0.3, "hr@10": 0.8}
-    names = {joint_name((weight, 0.0)): weight for weight in train.JOINT_WEIGHTS[0]}
+    names = {joint_name((weight, 0.0)): weight for weight in JOINT_WEIGHTS[0]}
     ranked = SimpleNamespace(mean=lambda metric, score: -abs(names[score] - best[metric]))
-    monkeypatch.setattr(train, "evaluate", lambda *_, **__: ranked)
-    found = train._validate(build(Config.make("cafe", **TINY, calibrate=True), dataset), dataset, "aligned")
+    monkeypatch.setattr("cafe.validate.evaluate", lambda *_, **__: ranked)
+    found = validate(build(Config.make("cafe", **TINY, calibrate=True), dataset), dataset, "aligned")
     assert found["intent_weight"] == 0.3
 
 
@@ -232,9 +233,9 @@ def test_a_fit_validates_when_and_on_whom_it_is_told(dataset, tmp_path, monkeypa
         assert len(result.users) == min(options["max_users"], len(dataset.holdout("valid")))
         return result
 
-    monkeypatch.setattr(train, "evaluate", spy)
+    monkeypatch.setattr("cafe.validate.evaluate", spy)
     options = {"valid_every": 2, "valid_users": 40, "epochs": 5, "calibrate": calibrate, "valid_protocol": "full"}
-    net = train.fit(Config.make("cafe", **TINY, lr=1e-2, **options), dataset, tmp_path / "run")
+    net = fit(Config.make("cafe", **TINY, lr=1e-2, **options), dataset, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines if "valid" in line] == [1, 3, 4]  # every second, and the last
     fits = 3 if calibrate else 1
@@ -245,7 +246,7 @@ def test_a_fit_validates_when_and_on_whom_it_is_told(dataset, tmp_path, monkeypa
         assert net.intent_weight.tolist() == [1.0, 1.0]
         return
     asked.clear()
-    train.fit(net.config, dataset, tmp_path / "run", resume=True)
+    fit(net.config, dataset, tmp_path / "run", resume=True)
     assert not asked  # what is finished is not calibrated again
     monkeypatch.undo()
     stored = net.intent_weight.clone()
@@ -253,7 +254,7 @@ def test_a_fit_validates_when_and_on_whom_it_is_told(dataset, tmp_path, monkeypa
     assert stored[1].item() == pytest.approx(state["calibrated"]["aligned"]["intent_weight"])
     for place, (protocol, users) in enumerate((("full", 40), ("aligned", 200))):
         prior = float(net.prior_weight) if protocol == "full" else 0.0
-        tried = [(weight, prior) for weight in train.JOINT_WEIGHTS[0]]
+        tried = [(weight, prior) for weight in JOINT_WEIGHTS[0]]
         found = evaluate(net, dataset, "valid", protocol, max_users=users, tried=tried)
         scores = [found.mean("ndcg@10", joint_name(weights)) for weights in tried]
         assert stored[place].item() == pytest.approx(tried[int(np.argmax(scores))][0])

@@ -7,7 +7,8 @@ from cafe.batches import Batches
 from cafe.config import Config
 from cafe.evaluate import evaluate
 from cafe.models import build
-from cafe.train import fit, load_run, make_optimizers, train_step
+from cafe.runs import load_run
+from cafe.train import fit, make_optimizers, train_step
 
 TINY = {"dim": 16, "max_len": 8, "batch_size": 16}
 

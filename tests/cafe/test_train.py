@@ -22,7 +22,8 @@ from cafe.data.folders import seal
 from cafe.evaluate import evaluate
 from cafe.models import build
 from cafe.recommend import Recommender
-from cafe.train import Interrupted, Optimizers, fit, load_run, make_optimizers, train_step
+from cafe.runs import load_run
+from cafe.train import Interrupted, Optimizers, fit, make_optimizers, train_step
 
 TINY = {"dim": 16, "max_len": 8, "batch_size": 16, "epochs": 3}
 
@@ -298,7 +299,7 @@ def test_an_altered_config_is_refused_by_name(dataset, tmp_path, change, message
 
 def test_early_stopping_keeps_the_best(dataset, tmp_path, monkeypatch):
     scores = iter([0.1, 0.3, 0.2, 0.25, 0.9])
-    monkeypatch.setattr("cafe.train._validate", lambda *_: {"ndcg@10": next(scores)})
+    monkeypatch.setattr("cafe.train.validate", lambda *_: {"ndcg@10": next(scores)})
     fit(Config.make("sasrec", **TINY | {"epochs": 5, "patience": 2}), dataset, tmp_path / "run")
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
     assert load_checkpoint(tmp_path / "run" / "best.safetensors")[1]["epoch"] == 1
