@@ -74,11 +74,11 @@ class ReferenceSampler:
         column = (place >> HALF).astype(np.int64)
         return np.where(place & U32 < self.threshold[column], column, self.alias[column]).astype(np.int32)
 
-    def sample(self, n: int, seed: int, offset: int = 0) -> npt.NDArray[np.int32]:
+    def sample(self, n: int, seed: int, offset: int) -> npt.NDArray[np.int32]:
         return self.draw(seed, offset + np.arange(n, dtype=np.uint64))
 
     def sample_rows(
-        self, indptr: Any, indices: Any, rows: Any, k: int, distinct: bool, seed: int, offset: int = 0
+        self, indptr: Any, indices: Any, rows: Any, k: int, distinct: bool, seed: int, offset: int
     ) -> npt.NDArray[np.int32]:
         out = np.empty((len(rows), k), np.int32)
         for i, row in enumerate(rows):

@@ -68,6 +68,12 @@ def test_unknown_metric_is_refused(name):
         of_one(name, 0, 0)
 
 
+def test_counts_of_a_narrow_type_do_not_overflow():
+    counts = np.array([200], np.uint8)
+    assert expected_metric("mrr", counts, counts).item() == pytest.approx(np.mean(1 / np.arange(201, 402)))
+    assert expected_metric("mrr", [200], [200]).item() == pytest.approx(np.mean(1 / np.arange(201, 402)))
+
+
 def test_bad_counts_are_refused():
     with pytest.raises(ValueError, match="negative"):
         of_one("mrr", -1, 0)

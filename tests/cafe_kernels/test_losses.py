@@ -469,6 +469,22 @@ def test_second_backward_is_refused():
         dh.sum().backward()
 
 
+@pytest.mark.parametrize(("t", "rate", "beta"), [(0, None, 1.0), (1, None, 8 / 49), (1, 1.0, 1.0), (0.5, 0.5, 0.75)])
+def test_gbce_at_the_ends_of_its_ranges(t, rate, beta):
+    """beta = 1 - t (1 - alpha); the positive's part of the loss is the whole less that of the negatives."""
+    h, table, positives, negatives, _ = case(30, 8, 16, "token", items=50, dtype=torch.float32)
+    positive = torch.nn.functional.softplus(-(h * table[positives]).sum(1)).mean()
+    whole = sampled_bce(h, table, positives, negatives)
+    expected = (whole - (1 - beta) * positive) / 9
+    torch.testing.assert_close(gbce(h, table, positives, negatives, t=t, sampling_rate=rate), expected)
+
+
+def test_gbce_with_two_items_draws_all_negatives():
+    h, table = torch.randn(4, 8), torch.randn(2, 8)
+    given = h, table, torch.zeros(4).long(), torch.ones(1).long()
+    torch.testing.assert_close(gbce(*given), sampled_bce(*given) / 2)  # alpha = 1, so beta = 1
+
+
 # Wrong input
 
 
@@ -529,11 +545,24 @@ def test_refusals(change, error, message):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"t": 1.5}, "t must be in"), ({"sampling_rate": 0.0}, "sampling_rate")]
+    ("options", "message"),
+    [
+        ({"t": 1.5}, "t must be in"),
+        ({"t": -0.1}, "t must be in"),
+        ({"sampling_rate": 0.0}, "sampling_rate must be in"),
+        ({"sampling_rate": 1.01}, "sampling_rate must be in"),
+        ({"negatives": torch.tensor(3)}, "negatives must be"),
+    ],
 )
 def test_gbce_refusals(options, message):
     with pytest.raises(ValueError, match=message):
-        gbce(torch.zeros(5, 8), torch.zeros(50, 8), torch.arange(5), torch.arange(3), **options)
+        gbce(torch.zeros(5, 8), torch.zeros(50, 8), torch.arange(5), **{"negatives": torch.arange(3), **options})
+
+
+@pytest.mark.parametrize("loss", LOSSES.values())
+def test_every_loss_passes_the_backend_on(loss):
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"):
+        loss(torch.zeros(5, 8), torch.zeros(50, 8), torch.arange(5), torch.arange(3), backend="cuda")
 
 
 def test_extension_checks_what_it_is_told_to_read():

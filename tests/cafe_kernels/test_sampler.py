@@ -329,7 +329,8 @@ def test_tensors_serve_as_inputs():
 def test_log_prob():
     sampler = AliasSampler([1, 0, 4, 9], alpha=0.5)
     np.testing.assert_allclose(sampler.log_prob([[0, 2], [3, 3]]), np.log([[1 / 6, 2 / 6], [3 / 6, 3 / 6]]))
-    assert sampler.log_prob(1) == -np.inf
+    with np.errstate(all="raise"):
+        assert sampler.log_prob(1) == -np.inf
     assert not sampler.probabilities.flags.writeable
     with pytest.raises(ValueError, match=r"ids must be in 0 ... 3, got -1 ... 2"):
         sampler.log_prob([2, -1])
@@ -337,6 +338,8 @@ def test_log_prob():
         sampler.log_prob([4])
     with pytest.raises(TypeError, match="ids must be integers, got float64"):
         sampler.log_prob([0.5])
+    with pytest.raises(TypeError, match="ids must be a numpy array or a CPU tensor"):
+        sampler.log_prob(torch.ones(1, requires_grad=True))
 
 
 def test_weights_are_not_changed_or_kept():
