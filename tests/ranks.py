@@ -120,7 +120,7 @@ def evaluated(config: Config, data: Path, run: Path, protocol: str) -> Any:
     """The ranks of the test answers by a sharded model, in the state of a run folder's best checkpoint."""
     dataset = Dataset.load(data)
     model = cafe.distributed.build(config, dataset, torch.device("cpu"))
-    run_hash = cafe.distributed._run_hash(cafe.distributed.asdict(config), dataset.fingerprint)
+    run_hash = cafe.distributed.hash_of(cafe.distributed.asdict(config), dataset.fingerprint)
     folder = cafe.distributed.Checkpoints(run, run_hash, model.table, partial(dist.barrier))
     model.model.load_state_dict(folder.load("best")[0])
     result = evaluate(model, dataset, "test", protocol, batch_size=50)
