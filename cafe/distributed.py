@@ -25,6 +25,7 @@ best.safetensors, which `cafe evaluate` and `recommend` read, is written at the 
 import argparse
 import os
 import re
+import secrets
 import shlex
 import signal
 import sys
@@ -41,18 +42,16 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from cafe.batches import Batches, prefetch
-from cafe.checkpoint import load_checkpoint, save_checkpoint
 from cafe.config import Config
 from cafe.data.dataset import Dataset
-from cafe.data.folders import read_sealed, seal, write_atomically
 from cafe.models import MODELS
 from cafe.models.base import Batch, Model
 from cafe.plots import plot_curve
 from cafe.runs import check_out, hash_of, is_best, is_state, locked, new_state, open_run, write_metrics
-from cafe.sharding import TABLE, Sharded, ShardedTable
+from cafe.sharding import Sharded, ShardedTable
+from cafe.shards import Checkpoints, export, read_index
 from cafe.train import (
     SAVING_SHARE,
     STREAMS,
@@ -69,9 +68,6 @@ from cafe.validate import calibrate, validate
 MODELS_HERE = ("sasrec", "cafe")
 SILENCE = 45  # seconds without a word from a rank until the others give it up; while files are written:
 PATIENCE = timedelta(hours=2)
-# Of a checkpoint, what has a row for each item; all ranks have the rest.
-BY_ROW = {TABLE, f"model.{TABLE}", *(f"optimizer.tables.0.{name}" for name in ("exp_avg", "exp_avg_sq", "last_step"))}
-FORMAT, VERSION = "cafe-shards", 1
 
 
 class RankLost(ConnectionError):
@@ -180,18 +176,21 @@ def fit(
         raise ValueError("cafe.distributed runs under torchrun: torchrun --nproc-per-node 2 -m cafe.distributed ...")
     # torchrun --max-restarts starts all ranks again with the same options
     resume = resume or (int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (out / "config.json").exists())
-    with _lost_ranks(out), _processes(device) as (where, barrier), _signals() as stopped:
+    with _lost_ranks(out), _processes(device) as (where, group), _signals() as stopped:
         first, ranks = dist.get_rank() == 0, dist.get_world_size()
+        options = {f"option {name}": value for name, value in asdict(config).items()}
+        _agree(options | {"dataset": dataset.fingerprint, "--resume": resume, "torch": torch.__version__}, group)
         if (ranks - 1) * -(-dataset.num_items // ranks) >= dataset.num_items:
             raise ValueError(f"{dataset.num_items} items leave some of {ranks} ranks without any: use fewer ranks")
         check_out(out, config, dataset, resume, "last.json")
-        barrier()
+        dist.barrier(group=group)
         with locked(out) if first else nullcontext():
             if first:
                 check_out(out, config, dataset, resume, "last.json")
                 open_run(out, config, dataset, data, resume)
+            _check_shared(out, group)
             model = build(config, dataset, where)
-            folder = Checkpoints(out, hash_of(asdict(config), dataset.fingerprint), model.table, barrier)
+            folder = Checkpoints(out, hash_of(asdict(config), dataset.fingerprint), model.table, group)
             if not first:
                 progress = lambda event: None  # noqa: E731
             _train(model, dataset, folder, resume, checkpoint_seconds, progress, stopped)
@@ -213,7 +212,7 @@ def build(config: Config, dataset: Dataset, device: torch.device) -> Sharded:
 def _train(
     model: Sharded,
     dataset: Dataset,
-    folder: "Checkpoints",
+    folder: Checkpoints,
     resume: bool,
     checkpoint_seconds: float,
     progress: Callable[[dict[str, Any]], None],
@@ -225,11 +224,11 @@ def _train(
     optimizers = make_optimizers(model.model)
     state = new_state()
     if resume and (folder.out / "last.json").exists():
-        former, (tensors, state) = state, folder.load("last")
+        former, state = state, folder.load("last", partial(restore, model.model, optimizers))
         if not is_state(state, former, config.epochs * len(batches)):
             raise ValueError(f"{folder.out / 'last.json'} is damaged (its state is of another kind): train again")
-        restore(model.model, optimizers, tensors)
-        del tensors
+        if state["best_epoch"] >= 0:  # refused now if damaged, and not after hours of training
+            folder.load("best", lambda tensors: None)
     to_save, saved, stop = 0.0, time.monotonic(), False
     folder.barrier()  # some take longer to read the data
 
@@ -293,11 +292,9 @@ def _train(
             )
 
 
-def _finish(model: Sharded, dataset: Dataset, folder: "Checkpoints") -> None:
+def _finish(model: Sharded, dataset: Dataset, folder: Checkpoints) -> None:
     """The best weights, calibrated as cafe.train does it; the plain run; the plots."""
-    tensors, state = folder.load("best")
-    model.model.load_state_dict(tensors)
-    del tensors
+    state = folder.load("best", model.model.load_state_dict)
     if calibrate(cast(Any, model), dataset, state):
         folder.save("best", dict(model.model.state_dict()), state)
     if dist.get_rank() == 0:
@@ -308,108 +305,58 @@ def _finish(model: Sharded, dataset: Dataset, folder: "Checkpoints") -> None:
     folder.barrier()
 
 
-class Checkpoints:
-    """The checkpoints of a run folder, `last` and `best`. save and load are called by all ranks together.
-
-    A file of safetensors for each rank and one for what all have is written first, then NAME.json, which names them, so that a
-    kill at any moment leaves the former checkpoint or the new one; files that no NAME.json names are removed."""
-
-    def __init__(self, out: Path, run_hash: str, table: ShardedTable, barrier: Callable[[], Any]) -> None:
-        self.out, self.run_hash, self.table, self.barrier = out, run_hash, table, barrier
-
-    def save(self, name: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        state, step, table = state | {"run": self.run_hash}, state["step"], self.table
-        block = -(-table.num_rows // dist.get_world_size())
-        shards = [
-            (f"{name}-{step}-rows-{first}.safetensors", first, min(first + block, table.num_rows))
-            for first in range(0, table.num_rows, block)
-        ]
-        common = f"{name}-{step}-all.safetensors"
-        folder = self.out / "shards"
-        folder.mkdir(exist_ok=True)
-        mine = {key: tensor for key, tensor in tensors.items() if key in BY_ROW}
-        save_checkpoint(folder / shards[dist.get_rank()][0], mine, {"run": self.run_hash})
-        if dist.get_rank() == 0:
-            save_checkpoint(folder / common, {key: t for key, t in tensors.items() if key not in BY_ROW}, state)
-        self.barrier()
-        if dist.get_rank() == 0:
-            meta = {"format": FORMAT, "version": VERSION, "step": step, "rows": table.num_rows, "common": common}
-            write_atomically({self.out / f"{name}.json": [seal(meta | {"shards": shards})]})
-            named = [_read_index(self.out, one) for one in ("last", "best") if (self.out / f"{one}.json").exists()]
-            kept = {file for one in named for file in (one["common"], *(shard[0] for shard in one["shards"]))}
-            for file in folder.iterdir():
-                if file.name not in kept:
-                    file.unlink()
-        self.barrier()
-
-    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What was saved, of the table this rank's rows, whatever the number of ranks then."""
-        index = _read_index(self.out, name)
-        tensors, state = load_checkpoint(self.out / "shards" / index["common"])
-        if state["run"] != self.run_hash or index["rows"] != self.table.num_rows:
-            raise ValueError(
-                f"{self.out / name}.json does not fit config.json: config.json was altered, or this is the checkpoint of another "
-                "run; restore it or train again"
-            )
-        parts: dict[str, list[Tensor]] = {}
-        for file, first, stop in index["shards"]:
-            start, end = max(first, self.table.first), min(stop, self.table.stop)
-            if start < end:
-                for key, tensor in load_checkpoint(self.out / "shards" / file)[0].items():
-                    parts.setdefault(key, []).append(tensor[start - first : end - first].clone())
-        return tensors | {key: torch.cat(some) for key, some in parts.items()}, state
-
-
-def _read_index(out: Path, name: str) -> dict[str, Any]:
-    try:
-        return read_sealed(out / f"{name}.json", FORMAT, VERSION, "train again")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{out} has no {name}.json: nothing was saved there by cafe.distributed") from None
-
-
-def export(run: str | Path) -> Path:
-    """Writes best.safetensors, which `cafe evaluate` and `cafe recommend` read, from the best checkpoint of a run folder. One process
-    does it, and has the shard of one rank in memory at a time.
-
-    Example:
-        >>> export("runs/cafe")  # doctest: +SKIP
-        PosixPath('runs/cafe/best.safetensors')
-    """
-    run = Path(run)
-    index, shards = _read_index(run, "best"), run / "shards"
-    tensors, state = load_checkpoint(shards / index["common"])
-    scratch = shards / f".{TABLE}.tmp"
-    try:
-        table: Any = None
-        for file, first, stop in index["shards"]:
-            rows = load_checkpoint(shards / file)[0][TABLE].numpy()
-            if table is None:
-                table = np.memmap(scratch, rows.dtype, "w+", shape=(index["rows"], rows.shape[1]))
-            table[first:stop] = rows
-        save_checkpoint(run / "best.safetensors", tensors | {TABLE: torch.from_numpy(table)}, state)
-    finally:
-        scratch.unlink(missing_ok=True)
-    return run / "best.safetensors"
-
-
 @contextmanager
-def _processes(device: str) -> Iterator[tuple[torch.device, Callable[[], Any]]]:
-    """Joins the ranks, unless the caller did; this rank's device, and a barrier for work that takes long."""
+def _processes(device: str) -> Iterator[tuple[torch.device, Any]]:
+    """Joins the ranks, unless the caller did; this rank's device, and a group of all ranks that waits for work that takes long."""
     where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     ours = not dist.is_initialized()
     if ours:
         backend = "nccl" if where.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=SILENCE)
-        store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=PATIENCE))
         # torchrun keeps its store when it starts the ranks again, and gloo would find the addresses of those that are gone
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store.set(f"rank {rank}", "has read its data")  # which takes some longer
+        store.wait([f"rank {one}" for one in range(ranks)], PATIENCE)
+        timeout = timedelta(seconds=SILENCE)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    yield where, partial(dist.barrier, group=group)
+    yield where, dist.new_group(backend="gloo", timeout=PATIENCE)
     if ours:
         dist.destroy_process_group()
+
+
+def _everyones(value: Any, group: Any) -> list[Any]:
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _agree(facts: dict[str, Any], group: Any) -> None:
+    """Refuses ranks that would train something else than the first."""
+    expected, *others = _everyones(facts, group)
+    for rank, found in enumerate(others, 1):
+        for name in expected:
+            if found[name] != expected[name]:
+                raise ValueError(
+                    f"ranks differ: {name} is {expected[name]!r} on rank 0 and {found[name]!r} on rank {rank}; "
+                    "start all with the same options, data and packages"
+                )
+
+
+def _check_shared(out: Path, group: Any) -> None:
+    """Do all ranks see what the first, which has locked the folder, writes to its lock file?"""
+    token = [secrets.token_hex(8)]
+    dist.broadcast_object_list(token, src=0, group=group)
+    file = out / ".lock"
+    if dist.get_rank() == 0:
+        file.write_text(token[0])
+    dist.barrier(group=group)
+    seen = _everyones(file.is_file() and file.read_text() == token[0], group)
+    if not all(seen):
+        raise ValueError(
+            f"rank {seen.index(False)} does not see what rank 0 writes to {out}: give a folder that all ranks share, by --out"
+        )
 
 
 @contextmanager
@@ -422,10 +369,13 @@ def _lost_ranks(out: Path) -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or re.search("gloo|nccl|connection|timed out|timeout", text, re.I)):
             raise
         rank, ranks = (os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE"))
-        saved = f"step {_read_index(out, 'last')['step']}" if (out / "last.json").exists() else "the beginning"
+        if (out / "last.json").exists():
+            how = f"All that was saved is there: go on from step {read_index(out, 'last')['step']} with: {_resume_command(out)}"
+        else:
+            how = "Nothing was saved yet: start again as before"
         raise RankLost(
-            f"rank {rank} of {ranks} lost another, which died or was silent for {SILENCE} s ({text[:200]}). "
-            f"All that was saved is there: go on from {saved} with: {_resume_command(out)}"
+            f"rank {rank} of {ranks} lost another, which died (then it says why, or was killed) or was silent for {SILENCE} s "
+            f"({text[:200]}). {how}"
         ) from None
 
 
@@ -466,7 +416,7 @@ def main() -> None:
     if int(os.environ.get("RANK", 0)) > 0:  # one rank speaks for all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         warnings.simplefilter("ignore")
-    elif "RANK" not in os.environ and "--help" not in sys.argv:
+    elif not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() and "--help" not in sys.argv:
         sys.exit("error: cafe.distributed runs under torchrun: torchrun --nproc-per-node 2 -m cafe.distributed ...")
     sys.argv = ["cafe", "train", *sys.argv[1:]]
     cli.main()

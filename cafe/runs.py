@@ -26,6 +26,7 @@ from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.data.folders import lock, read_sealed, seal, write_atomically
 from cafe.models import Model, build
+from cafe.shards import read_index
 
 FORMAT, VERSION = "cafe-run", 4
 
@@ -44,13 +45,20 @@ def load_run(run: str | Path, data: str | Path | Dataset | None = None) -> tuple
     config = Config(**meta["config"])
     model = build(config, dataset)
     best = load_checked(run / "best.safetensors", hash_of(meta["config"], meta["fingerprint"]), model.load_state_dict)
-    last = run / "last.safetensors"
-    if (last.exists() and not read_state(last).get("done")) or (config.calibrates and "calibrated" not in best):
+    if not _progress(run).get("done") or (config.calibrates and "calibrated" not in best):
         warnings.warn(
             f"the training of {run} is not finished; this is its best model so far. Go on with: {resume_command(run)}",
             stacklevel=2,
         )
     return model.eval(), dataset
+
+
+def _progress(run: Path) -> dict[str, Any]:
+    """The state of the newest checkpoint, of one process or of many; done where a run was sent without."""
+    last = run / "last.safetensors"
+    if (run / "last.json").exists():
+        last = run / "shards" / read_index(run, "last")["common"]
+    return read_state(last) if last.exists() else {"done": True}
 
 
 def dataset_of(run: Path, meta: dict[str, Any], data: str | Path | Dataset | None = None) -> Dataset:
@@ -117,7 +125,8 @@ def write_metrics(out: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def resume_command(out: Path) -> str:
-    return f"cafe train --resume --out {shlex.quote(str(out))}"
+    command = "torchrun --nproc-per-node N -m cafe.distributed" if (out / "last.json").exists() else "cafe train"
+    return f"{command} --resume --out {shlex.quote(str(out))}"
 
 
 def hash_of(config: dict[str, Any], fingerprint: str) -> str:

@@ -18,11 +18,11 @@ from torch.func import functional_call
 
 from cafe.models.base import Model, Scores
 from cafe.models.blocks import ROWS
+from cafe.shards import TABLE
 from cafe.train import PER_ITEM
 from cafe_kernels import TopK, TopKIndex
 from cafe_kernels.topk.reference import exclusion_pairs
 
-TABLE = "item_embedding"
 LIFT = 64.0  # log sigma(LIFT) adds nothing to a score, in float32
 MISSING = "cafe.distributed needs torchrec and FBGEMM, which are not installed ({}): docs/scale.md says how"
 
@@ -155,12 +155,16 @@ class Sharded(nn.Module):
 
     def index(self) -> "ShardedIndex":
         """The items as they are now, searched as SASRec.index is."""
-        table, keys = self.table, []
+        table, keys = self.table, torch.empty(0)
         for ids in torch.arange(table.first, table.stop, device=table.device).split(ROWS):
-            keys.append(self.index_keys(ids, table.shard.detach()[ids - table.first]))
+            here = ids - table.first
+            some = self.index_keys(ids, table.shard.detach()[here])
+            if not len(keys):  # as large as the shard, so made once
+                keys = some.new_empty(len(table.shard) + 1, some.shape[1] + 1)
+            keys[here, :-1] = some
         intents = self.model.item_intent[table.first : table.stop]
         return ShardedIndex(
-            torch.cat(keys), intents, self.model.num_intents, table.first,
+            keys, intents, self.model.num_intents, table.first,
             lambda ids: (self.index_keys(ids, table.fetch(ids)), self.model.item_intent[ids]),
         )  # fmt: skip
 
@@ -175,7 +179,8 @@ class ShardedIndex:
     has one more item, of an intent of its own, that scores as the caller says: for counting, what the answer scores.
 
     Args:
-        keys, item_intent: of this rank's items, which are `first` and those after it.
+        keys: (n + 1, d + 1), of this rank's n items, which are `first` and those after it, with room for that item, written here.
+        item_intent: (n,), of these items.
         keys_and_intents: of any items, wherever they are; needed for count_above.
     """
 
@@ -187,8 +192,13 @@ class ShardedIndex:
         first: int,
         keys_and_intents: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        self.first, self.size, self.num_intents, self.keys_and_intents = first, len(keys), num_intents, keys_and_intents
-        keys = nn.functional.pad(keys, (0, 1, 0, 1))
+        self.first, self.size, self.num_intents, self.keys_and_intents = (
+            first,
+            len(item_intent),
+            num_intents,
+            keys_and_intents,
+        )
+        keys[-1], keys[:, -1] = 0.0, 0.0
         keys[-1, -1] = LIFT
         self.local = TopKIndex(keys, nn.functional.pad(item_intent, (0, 1), value=num_intents), num_intents + 1)
 

@@ -8,10 +8,10 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import traceback
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,39 @@ def resumed(config: Config, data: Path, out: Path) -> Any:
     return fit(config, data, out, resume=True)
 
 
+def differ(config: Config, data: Path, out: Path, other: Config, other_out: Path) -> Any:
+    """The last rank has another configuration and folder."""
+    mine = (other, other_out) if dist.get_rank() == dist.get_world_size() - 1 else (config, out)
+    return fit(mine[0], data, mine[1])
+
+
+def checkpoints(config: Config, data: Path, out: Path) -> Any:
+    dataset = Dataset.load(data)
+    model = cafe.distributed.build(config, dataset, torch.device("cpu"))
+    run_hash = cafe.distributed.hash_of(cafe.distributed.asdict(config), dataset.fingerprint)
+    return model, dataset, cafe.distributed.Checkpoints(out, run_hash, model.table, dist.group.WORLD)
+
+
+def save_best(config: Config, data: Path, out: Path, value: float, fail: bool) -> Any:
+    """Saves a table that is `value` everywhere; fail: all ranks end when their files are written and not named yet."""
+    model, _, folder = checkpoints(config, data, out)
+    torch.nn.init.constant_(model.table.shard, value)
+    if fail:
+        folder.barrier = lambda: sys.exit("pulled the plug")
+    try:
+        folder.save("best", dict(model.model.state_dict()), {"step": 5})
+    except SystemExit:
+        return "cut"
+
+
+def load_best(config: Config, data: Path, out: Path) -> Any:
+    """The table that was saved, as the ranks have it together."""
+    model, _, folder = checkpoints(config, data, out)
+    folder.load("best", model.model.load_state_dict)
+    rows, block = model.table.shard.detach(), -(-model.table.num_rows // dist.get_world_size())
+    return gather(torch.nn.functional.pad(rows, (0, 0, 0, block - len(rows))))[: model.table.num_rows]
+
+
 def replicas_differ(config: Config, data: Path, steps: int) -> list[str]:
     """The names of what should be the same on all ranks after some steps, and is not; and whether dropout is the same."""
     dataset = Dataset.load(data)
@@ -118,11 +151,8 @@ def replicas_differ(config: Config, data: Path, steps: int) -> list[str]:
 
 def evaluated(config: Config, data: Path, run: Path, protocol: str) -> Any:
     """The ranks of the test answers by a sharded model, in the state of a run folder's best checkpoint."""
-    dataset = Dataset.load(data)
-    model = cafe.distributed.build(config, dataset, torch.device("cpu"))
-    run_hash = cafe.distributed.hash_of(cafe.distributed.asdict(config), dataset.fingerprint)
-    folder = cafe.distributed.Checkpoints(run, run_hash, model.table, partial(dist.barrier))
-    model.model.load_state_dict(folder.load("best")[0])
+    model, dataset, folder = checkpoints(config, data, run)
+    folder.load("best", model.model.load_state_dict)
     result = evaluate(model, dataset, "test", protocol, batch_size=50)
     return result.greater, result.equal
 
@@ -132,9 +162,9 @@ def top_k(keys: torch.Tensor, intent: torch.Tensor, query: tuple[Any, ...], k: i
     user, intent_scores, join, exclude = query
     rank, block = dist.get_rank(), -(-len(keys) // dist.get_world_size())
     mine = slice(rank * block, (rank + 1) * block)
-    index = ShardedIndex(
-        keys[mine], intent[mine], int(intent.max()) + 1, rank * block, lambda ids: (keys[ids], intent[ids])
-    )
+    room = torch.nn.functional.pad(keys[mine], (0, 1, 0, 1), value=torch.nan)
+    several = int(intent.max()) + 1
+    index = ShardedIndex(room, intent[mine], several, rank * block, lambda ids: (keys[ids], intent[ids]))
     found = index.search(user, k, intent_scores, join=join, exclude=exclude)
     counts = index.count_above(user, answers, intent_scores, join=join, exclude=exclude)
     return found.items, found.scores, counts

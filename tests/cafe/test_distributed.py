@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,12 @@ from cafe.batches import Batches
 from cafe.checkpoint import load_checkpoint
 from cafe.config import Config
 from cafe.data.dataset import Dataset
+from cafe.data.folders import seal
 from cafe.evaluate import evaluate
 from cafe.models import blocks
 from cafe.recommend import Recommender
 from cafe.runs import load_run
+from cafe.shards import export
 from cafe.train import fit
 from cafe_kernels import TopKIndex
 from tests import ranks
@@ -169,8 +172,8 @@ def test_a_checkpoint_loads_with_any_number_of_ranks(data, whole, tmp_path):
 @needs_torchrec
 def test_a_save_that_fails_leaves_the_former_checkpoint(data, whole, tmp_path):
     out = tmp_path / "cut"
-    # Barriers: 2 at the start, then 2 for each save: of the best and the last one at the end of an epoch.
-    some, stopped = ranks.run(2, ranks.fit, PAPER, data, out, 0, 2 + 4 + 1)
+    # Barriers: 3 at the start, then 2 for each save: of the best and the last one at the end of an epoch.
+    some, stopped = ranks.run(2, ranks.fit, PAPER, data, out, 0, 3 + 4 + 1)
     assert stopped == "pulled the plug"
     index = json.loads((out / "last.json").read_text())
     assert index["step"] == 7
@@ -183,6 +186,120 @@ def test_a_save_that_fails_leaves_the_former_checkpoint(data, whole, tmp_path):
         f for name in ("last", "best") for f in re.findall(r"[\w-]+\.safetensors", (out / f"{name}.json").read_text())
     }
     assert {file.name for file in (out / "shards").iterdir()} == named
+
+
+@needs_torchrec
+def test_saving_the_same_step_on_other_ranks_leaves_the_former_files_until_it_is_whole(data, tmp_path):
+    tmp_path.joinpath("run").mkdir()
+    ranks.run(2, ranks.save_best, PAPER, data, tmp_path / "run", 1.0, False)
+    for count in (3, 2):
+        assert ranks.run(count, ranks.save_best, PAPER, data, tmp_path / "run", 2.0, True) == "cut"
+        table = ranks.run(2, ranks.load_best, PAPER, data, tmp_path / "run")
+        assert torch.equal(table, torch.ones_like(table))
+    ranks.run(3, ranks.save_best, PAPER, data, tmp_path / "run", 2.0, False)
+    table = ranks.run(1, ranks.load_best, PAPER, data, tmp_path / "run")
+    assert torch.equal(table, torch.full_like(table, 2.0))
+    assert len(list((tmp_path / "run" / "shards").iterdir())) == 4  # what was cut is gone
+
+
+@needs_torchrec
+def test_ranks_that_differ_do_not_train(data, tmp_path):
+    other = Config.make("cafe", "paper", **TINY, weight_decay=0.02)
+    out = tmp_path / "run"
+    found = ranks.run(3, ranks.differ, PAPER, data, out, other, out)
+    assert found[0] == []
+    assert "ranks differ: option weight_decay is 0.01 on rank 0 and 0.02 on rank 2" in found[1]
+    assert not out.exists()
+    found = ranks.run(2, ranks.differ, PAPER, data, out, PAPER, tmp_path / "elsewhere")
+    assert found[0] == []
+    assert f"rank 1 does not see what rank 0 writes to {out}" in found[1]
+
+
+@pytest.fixture
+def saved(whole, tmp_path):
+    """A copy of the run of two ranks."""
+    return Path(shutil.copytree(whole[0], tmp_path / "copy"))
+
+
+def reseal(path, change):
+    index = json.loads(path.read_text())
+    del index["checksum"]
+    change(index)
+    path.write_bytes(seal(index))
+
+
+@needs_torchrec
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.update(common=5),
+        lambda index: index.update(common="../../other/shards/best-1-aa-all.safetensors"),
+        lambda index: index["shards"][0].__setitem__(0, "../best-14-aa-rows-0.safetensors"),
+        lambda index: index.pop("shards"),
+        lambda index: index.update(shards=[]),
+        lambda index: index.update(shards=[[]]),
+        lambda index: index["shards"].pop(),
+        lambda index: index["shards"].reverse(),
+        lambda index: index["shards"][1].__setitem__(1, 0),
+        lambda index: index["shards"][0].__setitem__(1, -18),
+        lambda index: index["shards"][0].__setitem__(2, 30.0),
+        lambda index: index.update(rows=1.5),
+        lambda index: index.update(rows=61),
+        lambda index: index.update(step=None),
+    ],
+)
+def test_an_altered_index_is_refused(saved, change):
+    reseal(saved / "best.json", change)
+    with pytest.raises(ValueError, match=r"best\.json names no checkpoint's files and rows"):
+        export(saved)
+
+
+@needs_torchrec
+def test_a_part_in_another_ones_place_is_refused(saved):
+    (first, *_), (second, *_) = json.loads((saved / "best.json").read_text())["shards"]
+    shutil.copy(saved / "shards" / first, saved / "shards" / second)
+    with pytest.raises(ValueError, match="is of another run, step or part of the table than its place"):
+        export(saved)
+
+
+@needs_torchrec
+def test_links_in_place_of_checkpoints_are_not_written_through(saved, data, tmp_path):
+    victim = tmp_path / "victim"
+    shutil.copytree(saved / "shards", victim)
+    (victim / "thesis.tex").write_text("precious")
+    before = sorted(victim.iterdir())
+    shutil.rmtree(saved / "shards")
+    (saved / "shards").symlink_to(victim)
+    with pytest.raises(ValueError, match="shards is not a folder, but a link"):
+        export(saved)
+    assert "shards is not a folder, but a link" in ranks.run(1, ranks.resumed, PAPER, data, saved)[1]
+    assert sorted(victim.iterdir()) == before
+
+
+@needs_torchrec
+def test_saving_removes_no_files_of_others(saved, data):
+    others = [saved / "shards" / name for name in ("notes.txt", "last-1.safetensors", "folder")]
+    for path in others[:2]:
+        path.write_text("mine")
+    others[2].mkdir()
+    left = saved / "shards" / "best-1-00-all.safetensors"
+    left.write_text("of a process that was killed")
+    ranks.run(1, ranks.save_best, PAPER, data, saved, 1.0, False)
+    assert all(path.exists() for path in others)
+    assert not left.exists()
+
+
+@needs_torchrec
+def test_an_unfinished_run_says_how_to_go_on(data, tmp_path):
+    out = tmp_path / "run"
+    ranks.run(2, ranks.fit, PAPER, data, out, 10)
+    export(out)
+    with pytest.warns(UserWarning, match="Go on with: torchrun --nproc-per-node N -m cafe.distributed --resume --out"):
+        load_run(out)
+    next((out / "shards").glob("best-*-rows-0.safetensors")).unlink()
+    losses, stopped = ranks.run(2, ranks.resumed, PAPER, data, out)
+    assert losses == []  # and not after all epochs
+    assert "rows-0.safetensors is missing" in stopped
 
 
 @needs_torchrec
