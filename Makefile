@@ -73,7 +73,7 @@ sanitize: build/asan/_C.so
 	$(call PRELOAD,asan) ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m tests.fuzz sampler attention losses optim topk --seconds $(SECONDS)
 
 fuzz: .venv/installed
-	$(BIN)/python -m tests.fuzz tables raw checkpoint run evaluation experiment --seconds $(SECONDS)
+	$(BIN)/python -m tests.fuzz tables raw checkpoint sharded run evaluation experiment --seconds $(SECONDS)
 
 tsan: build/tsan/_C.so
 	$(call PRELOAD,tsan) TSAN_OPTIONS="suppressions=tests/tsan.supp halt_on_error=1" setarch -R $(BIN)/python -m tests.races --seconds $(SECONDS)

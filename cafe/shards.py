@@ -158,11 +158,12 @@ def export(run: str | Path) -> Path:
     with tempfile.TemporaryFile(dir=folder) as scratch:
         table: Any = None
         for file, first, stop in index["shards"]:
-            rows = _rows(folder / file, state.get("run"), index["step"], first, stop).get(TABLE)
-            if rows is None or rows.dim() != 2 or (table is not None and table.shape[1] != rows.shape[1]):
-                raise ValueError(f"{folder / file} has no rows of the item table: restore it or train again")
+            rows = _rows(folder / file, state.get("run"), index["step"], first, stop).get(TABLE, torch.empty(0))
+            width = rows.shape[-1] if table is None else table.shape[1]
+            if rows.dtype != torch.float32 or rows.shape != (stop - first, width):
+                raise ValueError(f"{folder / file} has no rows of the item table ({TABLE}): restore it or train again")
             if table is None:
-                table = np.memmap(scratch, rows.numpy().dtype, "w+", shape=(index["rows"], rows.shape[1]))
+                table = np.memmap(scratch, np.float32, "w+", shape=(index["rows"], width))
             table[first:stop] = rows
         save_checkpoint(run / "best.safetensors", tensors | {TABLE: torch.from_numpy(table)}, state)
     return run / "best.safetensors"

@@ -25,7 +25,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-READERS = ("tables", "raw", "checkpoint", "run", "evaluation", "experiment")
+READERS = ("tables", "raw", "checkpoint", "sharded", "run", "evaluation", "experiment")
 PARTS = ("sampler", "attention", "losses", "optim", "topk")
 
 

@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ import polars as pl
 import torch
 from hypothesis import strategies as st
 
+from cafe import shards
 from cafe.checkpoint import load_checkpoint, save_checkpoint
 from cafe.cli import main
 from cafe.config import Config
 from cafe.data.dataset import Dataset, Sequences
 from cafe.data.folders import checksum, seal
 from cafe.evaluation import Evaluation, _checksum
+from cafe.shards import TABLE
 from cafe.train import fit
 from tests.fuzz_kernels import Draw
 
@@ -68,6 +71,23 @@ def folder() -> Path:
     config = Config.make("cafe", "best", dim=4, max_len=4, batch_size=8, epochs=2, negatives=4)
     fit(config, Dataset.load(path / "data"), path / "run", data=path / "data")
     cafe("evaluate", "--run", path / "run", "--json")
+    (path / "sharded" / "shards").mkdir(parents=True)
+    tensors, state = load_checkpoint(path / "run" / "best.safetensors")
+    table, names = tensors.pop(TABLE), [f"best-1-aa-{part}.safetensors" for part in ("all", "rows-0", "rows-5")]
+    save_checkpoint(path / "sharded" / "shards" / names[0], tensors, state)
+    parts = [[names[1], 0, 5], [names[2], 5, 9]]
+    for name, first, stop in parts:
+        own = {"run": state["run"], "step": 1, "rows": [first, stop]}
+        save_checkpoint(path / "sharded" / "shards" / str(name), {TABLE: table[first:stop]}, own)
+    meta = {
+        "format": shards.FORMAT,
+        "version": shards.VERSION,
+        "step": 1,
+        "rows": 9,
+        "common": names[0],
+        "shards": parts,
+    }
+    (path / "sharded" / "best.json").write_bytes(seal(meta))
     return path
 
 
@@ -296,6 +316,13 @@ def command(draw: Draw) -> bool:
 def checkpoint(draw: Draw) -> bool:
     """best.safetensors and last.safetensors, damaged, or with other content and right checksums."""
     path = folder() / "run" / draw(st.sampled_from(["best.safetensors", "last.safetensors"]))
+    with changed(draw, path):
+        return command(draw)
+
+
+@contextlib.contextmanager
+def changed(draw: Draw, path: Path) -> Iterator[None]:
+    """A file of safetensors, damaged, or with other content and right checksums."""
     content = path.read_bytes()
     if draw(st.booleans()):
         content = damaged(draw, content)
@@ -332,7 +359,36 @@ def checkpoint(draw: Draw) -> bool:
             save_checkpoint(path, tensors, state)
             content = path.read_bytes()
     with replaced(path, content):
-        return command(draw)
+        yield
+
+
+def sharded(draw: Draw) -> bool:
+    """best.json and the files of several ranks, damaged, or altered and sealed again; `python -m cafe.distributed --export`."""
+    run = folder() / "sharded"
+    path = draw(st.sampled_from([run / "best.json", *sorted((run / "shards").iterdir())]))
+    if path.suffix == ".json" and draw(st.integers(0, 3)):
+        meta = json.loads(path.read_bytes())
+        del meta["checksum"]
+        meta = altered(draw, meta)
+        change = replaced(path, seal(meta) if isinstance(meta, dict) else json.dumps(meta).encode())
+    else:
+        change = replaced(path, damaged(draw, path.read_bytes())) if path.suffix == ".json" else changed(draw, path)
+    before = sorted((run / "shards").iterdir())
+    try:
+        with change:
+            shards.export(run)
+            tensors, _ = load_checkpoint(run / "best.safetensors")
+            if tensors[TABLE].shape[0] != 9:
+                raise Wrong(f"a table of {tuple(tensors[TABLE].shape)}")
+    except (ValueError, OSError) as error:
+        if "\n" in str(error):
+            raise Wrong(str(error)) from error
+        return False
+    finally:
+        (run / "best.safetensors").unlink(missing_ok=True)
+        if sorted((run / "shards").iterdir()) != before:
+            raise Wrong("files were left or removed")
+    return True
 
 
 def run(draw: Draw) -> bool:
@@ -438,4 +494,4 @@ def experiment(draw: Draw) -> bool:
     return cafe("compare", "--config", file, "--data", folder() / "missing", "--out", folder() / "out")
 
 
-TARGETS = {f.__name__: f for f in (tables, raw, checkpoint, run, evaluation, experiment)}
+TARGETS = {f.__name__: f for f in (tables, raw, checkpoint, sharded, run, evaluation, experiment)}
