@@ -98,6 +98,7 @@ def test_bootstrap_is_paired_and_reproducible():
     means = bootstrap_means(values, 100, seed=3)
     np.testing.assert_allclose(means[:, 1], 2 * means[:, 0])
     np.testing.assert_array_equal(means, bootstrap_means(values, 100, seed=3))
+    np.testing.assert_array_equal(bootstrap_means(values), bootstrap_means(values, 1000, seed=0))
     assert not np.array_equal(means, bootstrap_means(values, 100, seed=4))
     with pytest.raises(ValueError, match="no users"):
         bootstrap_means(np.zeros((0, 1)))

@@ -526,6 +526,8 @@ def test_gbce_with_two_items_draws_all_negatives():
         ({"compose": (torch.zeros(3, 8), torch.full((50,), 3))}, IndexError, "item_intent must be in 0 ... 2"),
         ({"compose": (torch.zeros(3, 8).double(), torch.full((50,), 3))}, ValueError, "one dtype"),
         ({"log_q": (torch.zeros(5), torch.zeros(4))}, ValueError, "log_q of the negatives"),
+        ({"log_q": (torch.zeros(4), torch.zeros(3))}, ValueError, "log_q of the positives"),
+        ({"h": torch.zeros(8)}, ValueError, r"h must be \(T, d\) and table"),
         ({"log_q": (torch.zeros(5), None)}, ValueError, "log_q must be two tensors or None, got Tensor, NoneType"),
         ({"log_q": (None, torch.zeros(3))}, ValueError, "log_q must be two tensors or None, got NoneType, Tensor"),
         ({"log_q": (torch.zeros(5), torch.zeros(3).requires_grad_())}, ValueError, "log_q requires a gradient"),
@@ -557,6 +559,15 @@ def test_refusals(change, error, message):
 def test_gbce_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         gbce(torch.zeros(5, 8), torch.zeros(50, 8), torch.arange(5), **{"negatives": torch.arange(3), **options})
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("loss", LOSSES.values())
+def test_the_gradient_of_the_table_is_sparse_only_where_asked(loss, backend):
+    for options, sparse in (({}, False), ({"sparse_grad": True}, True)):
+        table = torch.randn(50, 8, requires_grad=True)
+        loss(torch.randn(5, 8), table, torch.arange(5), torch.arange(3), backend=backend, **options).backward()
+        assert table.grad.is_sparse == sparse
 
 
 @pytest.mark.parametrize("loss", LOSSES.values())

@@ -80,11 +80,13 @@ def test_philox_bits_are_the_blocks_of_consecutive_positions(isa):
         np.array([0, 3, 0, 1, 5, 0, 0.5]),
         np.array([1e-300, 1, 1e300, 0, 1e308, 1e308]),
         np.array([1.0, 1e-12, 1e-12]),
+        np.ones(49),  # 49 (1 / 49) < 1: nothing fills anything up
+        np.array([1.0, 1 + 1e-12, 1 - 1e-12]),  # a column that is full but for less than 2^-32
         np.random.default_rng(0).integers(0, 4, 1001),
         zipf(30_011),
         zipf(2_003, 3.0),
     ],
-    ids=["one", "uniform", "zeros", "extreme", "dominant", "integers", "zipf", "steep"],
+    ids=["one", "uniform", "zeros", "extreme", "dominant", "below one", "full", "integers", "zipf", "steep"],
 )
 def test_table_holds_the_law_and_equals_the_reference(weights):
     sampler = AliasSampler(weights)
@@ -108,6 +110,28 @@ def test_sample_equals_the_reference(n, offset, isa):
     sampler = AliasSampler(zipf(5_003), 0.75)
     expected = reference.ReferenceSampler(sampler.probabilities).sample(n, 2**64 - 1, offset)
     assert (sampler.sample(n, 2**64 - 1, offset) == expected).all()
+
+
+def test_the_low_bits_of_a_draw_count():
+    """Of a million items they decide once in some thousand draws."""
+    sampler = AliasSampler(zipf(1_000_003, 0.1))
+    expected = reference.ReferenceSampler(sampler.probabilities).sample(400_000, 5, 0)
+    assert (sampler.sample(400_000, 5) == expected).all()
+
+
+def test_draws_begin_at_offset_zero():
+    sampler, (indptr, indices) = AliasSampler(zipf(50)), csr([[0, 1], [2, 3]])
+    assert (sampler.sample(9, 1) == sampler.sample(9, 1, 0)).all()
+    for draw in (sampler.sample_excluding, sampler.sample_distinct):
+        assert (draw(indptr, indices, [1, 0], 9, 1) == draw(indptr, indices, [1, 0], 9, 1, 0)).all()
+
+
+@pytest.mark.parametrize("name", ["indptr", "indices", "rows"])
+def test_says_which_argument_is_no_array(name):
+    indptr, indices = csr([[0, 1], [2, 3]])
+    given = {"indptr": indptr, "indices": indices, "rows": [0]} | {name: torch.ones(1, requires_grad=True)}
+    with pytest.raises(TypeError, match=f"{name} must be a numpy array or a CPU tensor"):
+        AliasSampler(zipf(50)).sample_excluding(**given, k=2, seed=1)
 
 
 @pytest.mark.parametrize("distinct", [False, True])
