@@ -172,15 +172,92 @@ def test_regressions_of_files_without_quartiles_or_peers():
     assert [case for _, case in regressions.timings(steady)] == [
         {"median_seconds": {"ours": 1.0, "peer": 1.0}, "quartiles": {}}
     ]
+    apart = {
+        "V=1": {"steady": timing(ours=1.0), "after_another": timing(ours=9.0)},
+        "sizes": {"median_seconds": {"x": [1.0]}},
+    }
+    assert {case: found["median_seconds"] for case, found in regressions.timings(apart)} == {
+        "V=1 / steady": {"ours": 1.0},
+        "sizes": {},
+    }
 
 
-def test_regressions_exit_status(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def status(monkeypatch):
     def status(*arguments):
         monkeypatch.setattr(sys, "argv", ["regressions", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             regressions.main()
         return stopped.value.code
 
+    return status
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        timing(ours=float("nan"), peer=1.0),
+        timing(ours=1.0, peer=-1.0),
+        timing(ours=0, peer=1.0),
+        timing(float("nan"), ours=1.0, peer=1.0),
+        {"median_seconds": float("inf")},
+        {"median_seconds": {"ours": "1", "peer": 1.0}},
+        {"median_seconds": {"ours": 1.0}, "quartiles": {"ours": [1.0]}},
+        {"median_seconds": None},
+    ],
+)
+def test_regressions_refuse_what_is_no_timing(case, tmp_path, status, capsys):
+    for name, content in (("old", OLD), ("new", {**OLD, "cases": {"a": case}})):
+        (tmp_path / name).write_text(json.dumps(content))
+    assert status(tmp_path / "old", tmp_path / "new") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path / 'new'}: ")
+
+
+@pytest.mark.parametrize(
+    "damage", [{"ours": None}, {"machine": 3}, {"versions": [1]}, {"cases": {"a": {"median_seconds": {"steady": 1}}}}]
+)
+def test_regressions_of_a_damaged_file_are_none(damage, tmp_path, status, capsys):
+    for name, content in (("old", OLD), ("new", OLD | damage)):
+        (tmp_path / name).write_text(json.dumps(content))
+    assert status(tmp_path / "old", tmp_path / "new") == 2
+    assert "one is damaged" in capsys.readouterr().err
+
+
+def test_regressions_say_what_they_do_not_compare(tmp_path, status, capsys):
+    old, new = tmp_path / "old", tmp_path / "new"
+    on = {"threads": 1, "versions": {"torch": "2.13"}, "machine": {"cpu": "A", "cores": 2, "load_average": None}}
+    there = {"threads": 2, "versions": {"torch": "2.14"}}
+    dropped = record(a={"ours": 3, "peer": 4, "new": 1}, c={"ours": 1})  # integers count
+    del dropped["machine"]
+    growing = {"version": common.VERSION, "lines": {}}
+    files = {old / "x.json": OLD | on, new / "x.json": dropped | there, old / "y.json": OLD}
+    for path, content in (files | {old / "growth.json": growing, new / "growth.json": growing}).items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    assert status(old, new, "--least", 9) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        "growth has no timings of ours to compare",
+        "x: not measured alike: cpu A -> None",
+        "x: not measured alike: threads 1 -> 2",
+        "x: not measured alike: torch 2.13 -> 2.14",
+        f"only in {old / 'y.json'}",
+        f"only in {new / 'x.json'}: cases / a: new",
+        f"only in {old / 'x.json'}: cases / b: other; ours, twice; peer",
+        f"only in {new / 'x.json'}: cases / c: ours",
+    ):
+        assert line + "\n" in printed
+    assert printed.count("only in") == 4
+    assert status(old, new, "--least", 9, "--strict") == 1
+    assert status(old / "x.json", new / "x.json") == 1
+    assert "SLOWER x: cases / a: ours: 1e+03 -> 3e+03 ms" in capsys.readouterr().out
+    assert status(old, old, "--strict") == 0
+    for least in ("nan", "-1", "inf"):
+        assert status(old, new, f"--least={least}") == 2
+
+
+def test_regressions_exit_status(tmp_path, status, capsys):
     slow = record(load=3.0, a={"ours": 1.3, "peer": 4.0})
     for name, content in (("old", OLD), ("new", slow), ("other", record(c={"ours": 1.0}))):
         (tmp_path / name).mkdir()
