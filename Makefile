@@ -35,8 +35,10 @@ bench: .venv/installed
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# CAFE_RESULTS=build/before make bench-quick, and again after a change: see benchmarks/README.md.
+bench-quick: CAFE_RESULTS ?= build/bench-quick
 bench-quick: .venv/installed
-	cd benchmarks && CAFE_RESULTS=../build/bench-quick OMP_NUM_THREADS=1 ../$(BIN)/python -m pytest -c ../pyproject.toml $(QUICK)
+	cd benchmarks && CAFE_RESULTS=$(abspath $(CAFE_RESULTS)) OMP_NUM_THREADS=1 ../$(BIN)/python -m pytest -c ../pyproject.toml $(QUICK)
 
 bench-peers: .venv/installed
 	$(BIN)/python -m benchmarks.peers.end_to_end

@@ -106,8 +106,9 @@ def write(name: str, record: dict[str, Any], folder: Path = RESULTS, packages: S
 
 def busy(record: dict[str, Any]) -> str | None:
     """How busy the machine was while `record` was measured, if there were more running processes than cores."""
-    load, cores = record["machine"]["load_average"], record["machine"]["cores"]
-    return f"load average {load[1]:.1f} on {cores} cores" if load and load[1] > cores else None
+    machine = record.get("machine") or {}
+    load, cores = machine.get("load_average"), machine.get("cores")
+    return f"load average {load[1]:.1f} on {cores} cores" if load and cores and load[1] > cores else None
 
 
 def read(path: Path) -> dict[str, Any]:

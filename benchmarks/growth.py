@@ -195,6 +195,9 @@ def table(record: dict[str, Any], head: bool = True) -> str:
     lines = ["| what, by what | contestant | from | to | exponent |", "|---|---|--:|--:|--:|"] if head else []
     for title, line in record["lines"].items():
         for name, found in line["contestants"].items():
+            if not np.isfinite([*found["seconds"], found["exponent"]]).all():
+                lines.append(f"| {title} | {name} | not measured |")
+                continue
             ends = [f"{found['sizes'][i]:,}: {1e3 * found['seconds'][i]:.3g} ms" for i in (0, -1)]
             lines.append(f"| {title} | {name} | {ends[0]} | {ends[1]} | {shown_exponent(record, line, found)} |")
     return "\n".join(lines)

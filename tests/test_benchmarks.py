@@ -1,5 +1,6 @@
 """The tools of the benchmark suite: quality against time, the results' format, the report, the comparison, the fitted growth."""
 
+import copy
 import gzip
 import json
 import sys
@@ -97,15 +98,39 @@ def test_seconds_to_a_value():
     assert end_to_end.seconds_to(CURVES["cafe: fast"], 0.04) == 2
     assert end_to_end.seconds_to(CURVES["cafe: fast"], 0.02, "wall_seconds") == 4
     assert end_to_end.seconds_to(CURVES["cafe: never"], 0.04) is None
-    assert end_to_end.reference(CURVES) == "RecTools, softmax"
-    assert end_to_end.reference({"cafe: x": []}) is None
     assert end_to_end.final(CURVES["RecTools, softmax"]) == 0.04
-    results = {"end_to_end_x": {"curves": CURVES}}
-    assert report.times_shorter("x")(results) == 40 / 2
-    assert report.times_shorter("y")(results) is None
-    rows = end_to_end.summary({"curves": CURVES, "patience": 1}).splitlines()[2:]
-    assert [row.split(" | ")[-1] for row in rows] == ["- |", "1.0 |", "1.3 |", "20.0 |", "- |"]
-    assert [row.split(" | ")[1] for row in rows] == ["2+", "3", "1+", "3+", "1+"]
+
+
+def test_ratios_to_each_of_rectools_contestants():
+    ratios = end_to_end.times_shorter(CURVES)
+    assert ratios == {
+        "cafe: slow": {"RecTools, BCE": 10 / 30, "RecTools, softmax": 40 / 30},
+        "cafe: fast": {"RecTools, BCE": 5, "RecTools, softmax": 20},
+        "cafe: never": {"RecTools, BCE": 0, "RecTools, softmax": 0},
+    }
+    assert end_to_end.least_favourable(CURVES) == (5, "cafe: fast", "RecTools, BCE")
+    for curves in (
+        {},
+        {"cafe: x": curve((1, 0.1))},
+        {**CURVES, "RecTools, BCE": [], "RecTools, softmax": curve((1, np.nan))},
+    ):
+        assert end_to_end.least_favourable(curves) is None
+    target = {target.what: target for target in report.TARGETS}["the same, beauty"]
+    assert "| **5x** | >= 10x | **no** |" in target.row({"end_to_end_beauty": {"curves": CURVES}})
+    assert "| not measured |" in target.row({"end_to_end_beauty-sparse": {"curves": CURVES}})
+    lines = end_to_end.summary({"curves": CURVES, "patience": 1}).splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:7]] == ["2+", "3", "1+", "3+", "1+"]
+    assert lines[10:] == [
+        "| times shorter | RecTools, BCE+ | RecTools, softmax |",
+        "|---|--:|--:|",
+        "| cafe: slow | 0.3 | 1.3 |",
+        "| cafe: fast | 5.0 | 20.0 |",
+        "| cafe: never | never | never |",
+        "",
+        "+: ended by the budget, not for want of a better value: RecTools, BCE.",
+        "",
+        "The least favourable: 5.0 times, cafe: fast against RecTools, BCE.",
+    ]
 
 
 def test_results_say_their_version(tmp_path):
@@ -172,15 +197,92 @@ def test_regressions_of_files_without_quartiles_or_peers():
     assert [case for _, case in regressions.timings(steady)] == [
         {"median_seconds": {"ours": 1.0, "peer": 1.0}, "quartiles": {}}
     ]
+    apart = {
+        "V=1": {"steady": timing(ours=1.0), "after_another": timing(ours=9.0)},
+        "sizes": {"median_seconds": {"x": [1.0]}},
+    }
+    assert {case: found["median_seconds"] for case, found in regressions.timings(apart)} == {
+        "V=1 / steady": {"ours": 1.0},
+        "sizes": {},
+    }
 
 
-def test_regressions_exit_status(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def status(monkeypatch):
     def status(*arguments):
         monkeypatch.setattr(sys, "argv", ["regressions", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             regressions.main()
         return stopped.value.code
 
+    return status
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        timing(ours=float("nan"), peer=1.0),
+        timing(ours=1.0, peer=-1.0),
+        timing(ours=0, peer=1.0),
+        timing(float("nan"), ours=1.0, peer=1.0),
+        {"median_seconds": float("inf")},
+        {"median_seconds": {"ours": "1", "peer": 1.0}},
+        {"median_seconds": {"ours": 1.0}, "quartiles": {"ours": [1.0]}},
+        {"median_seconds": None},
+    ],
+)
+def test_regressions_refuse_what_is_no_timing(case, tmp_path, status, capsys):
+    for name, content in (("old", OLD), ("new", {**OLD, "cases": {"a": case}})):
+        (tmp_path / name).write_text(json.dumps(content))
+    assert status(tmp_path / "old", tmp_path / "new") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path / 'new'}: ")
+
+
+@pytest.mark.parametrize(
+    "damage", [{"ours": None}, {"machine": 3}, {"versions": [1]}, {"cases": {"a": {"median_seconds": {"steady": 1}}}}]
+)
+def test_regressions_of_a_damaged_file_are_none(damage, tmp_path, status, capsys):
+    for name, content in (("old", OLD), ("new", OLD | damage)):
+        (tmp_path / name).write_text(json.dumps(content))
+    assert status(tmp_path / "old", tmp_path / "new") == 2
+    assert "one is damaged" in capsys.readouterr().err
+
+
+def test_regressions_say_what_they_do_not_compare(tmp_path, status, capsys):
+    old, new = tmp_path / "old", tmp_path / "new"
+    on = {"threads": 1, "versions": {"torch": "2.13"}, "machine": {"cpu": "A", "cores": 2, "load_average": None}}
+    there = {"threads": 2, "versions": {"torch": "2.14"}}
+    dropped = record(a={"ours": 3, "peer": 4, "new": 1}, c={"ours": 1})  # integers count
+    del dropped["machine"]
+    growing = {"version": common.VERSION, "lines": {}}
+    files = {old / "x.json": OLD | on, new / "x.json": dropped | there, old / "y.json": OLD}
+    for path, content in (files | {old / "growth.json": growing, new / "growth.json": growing}).items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    assert status(old, new, "--least", 9) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        "growth has no timings of ours to compare",
+        "x: not measured alike: cpu A -> None",
+        "x: not measured alike: threads 1 -> 2",
+        "x: not measured alike: torch 2.13 -> 2.14",
+        f"only in {old / 'y.json'}",
+        f"only in {new / 'x.json'}: cases / a: new",
+        f"only in {old / 'x.json'}: cases / b: other; ours, twice; peer",
+        f"only in {new / 'x.json'}: cases / c: ours",
+    ):
+        assert line + "\n" in printed
+    assert printed.count("only in") == 4
+    assert status(old, new, "--least", 9, "--strict") == 1
+    assert status(old / "x.json", new / "x.json") == 1
+    assert "SLOWER x: cases / a: ours: 1e+03 -> 3e+03 ms" in capsys.readouterr().out
+    assert status(old, old, "--strict") == 0
+    for least in ("nan", "-1", "inf"):
+        assert status(old, new, f"--least={least}") == 2
+
+
+def test_regressions_exit_status(tmp_path, status, capsys):
     slow = record(load=3.0, a={"ours": 1.3, "peer": 4.0})
     for name, content in (("old", OLD), ("new", slow), ("other", record(c={"ours": 1.0}))):
         (tmp_path / name).mkdir()
@@ -206,7 +308,7 @@ def test_report_marks_what_is_missed():
 
     assert rows(11.08)[0].endswith("| 11.1x | >= 10x | yes |")
     assert rows(9.99)[0].endswith("| **9.99x** | >= 10x | **no** |")
-    assert report.targets({}).count("not measured") == len(report.TARGETS)
+    assert report.targets({}).count("not measured") == len(report.TARGETS) - 4  # which are from documents
     assert report.cell(1.4, ("<=", 1.3)) == "**1.4**"
     assert report.cell(1.4, None) == "1.4"
 
@@ -224,6 +326,55 @@ def test_report_writes_between_its_markers():
         report.written(page.replace("steps", "stepz"), {})
     with pytest.raises(ValueError, match="without its end"):
         report.written("<!-- report: steps -->\n" + page, {})
+
+
+def parts(record):
+    """Every dict and list in it."""
+    if isinstance(record, dict | list):
+        yield record
+        for value in record.values() if isinstance(record, dict) else record:
+            yield from parts(value)
+
+
+def test_report_of_incomplete_files():
+    """Whatever is missing is not measured, and what is there is as it was."""
+    page = "".join(f"{report.BEGIN.format(name)}\n{report.END}\n" for name in report.SECTIONS)
+    files, shown, rng = report.load(), report.written(page, report.load()), np.random.default_rng(0)
+    assert "nan" not in shown
+    for name in files:
+        for i in range(12):
+            results = {**files, name: copy.deepcopy(files[name])}
+            among = list(parts(results[name]))
+            part = among[0 if i < 4 else rng.integers(len(among))]
+            keys = list(part) if isinstance(part, dict) else range(len(part))
+            key = keys[rng.integers(len(keys))]
+            if i % 4 == 0:
+                del part[key]
+            else:
+                part[key] = (None, float("nan"), {})[i % 4 - 1]
+            report.written(page, results)
+    peers = copy.deepcopy(files)
+    del peers["peers_search"]["ours"]
+    peers["peers_sampler"]["ours"] = ["nobody"]
+    del peers["peers_optimizers"]["cases"]["V=10000"]["median_seconds"]
+    written = report.peers(peers)
+    assert "| peers_search | V=100000 users=1 | TopKIndex | not measured |" in written
+    assert "| peers_sampler | V=10000, draw | AliasSampler | not measured |" in written
+    assert "| peers_optimizers | V=10000 |  | not measured |" in written
+    assert "| x | not measured |" in report.files({"x": {}})
+    assert report.end_to_end({"end_to_end_x": {}}) == "end_to_end_x: not measured"
+    assert report.exponents({"growth": {"version": 2}}) == report.steps({}) == report.stages({}) == "not measured"
+    assert "| cafe: x | not measured |" in end_to_end.summary({"curves": {"cafe: x": []}, "patience": 1})
+    speed = {"training": {"ratio_to_padded": {"SASRec paper": float("nan")}}}
+    assert report.targets(speed) == report.targets({})
+    line = {"grows": "V", "contestants": {"x": {"sizes": [1, 2], "seconds": [1.0, np.nan], "exponent": np.nan}}}
+    assert growth.table({"lines": {"x": line}}).endswith("| x | x | not measured |")
+
+
+def test_report_reads_tables_of_documents():
+    assert (
+        report.largest("| a | b B |\n|---|--:|\n| x | 1.5 |\n| y | - |\n| z | |\n\n| c |\n|--:|\n| 7 |", "b B") == 1.5
+    )
 
 
 def test_the_page_is_as_its_results():

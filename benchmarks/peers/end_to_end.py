@@ -15,11 +15,13 @@ eighth turn, and the time of one fit is part of each of its times. CPU seconds a
 process's and hardly depend on what else runs; wall seconds do. Who gets no better for `patience` turns, or has used up its budget
 of CPU seconds, is done. Memory is the largest resident set while training, and beyond that after the libraries and data were loaded.
 
-"Final" is the best value of a contestant's curve, and the time to reach a value is that of the first epoch that has it.
+"Final" is the best value of a contestant's curve, and the time to reach a value is that of the first epoch that has it. The summary has
+the time of each of RecTools' contestants to its own final value over that of each of ours to the same value.
 """
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -39,8 +41,7 @@ from cafe.data.prepare import prepare
 COMMON = {"dim": 64, "max_len": 50, "layers": 2, "heads": 1, "dropout": 0.3, "batch_size": 128, "lr": 1e-3}
 NEGATIVES = 128
 OURS = "cafe: "
-REFERENCE = "RecTools"  # of the target: the first of its contestants whose final value is the best of them
-TARGET = 10.0
+THEIRS = "RecTools"
 
 
 def rectools(loss: str, negatives: int | None = None, **more: Any) -> dict[str, Any]:
@@ -96,15 +97,38 @@ def final(curve: Curve) -> float:
     return max(epoch["ndcg@10"] for epoch in curve)
 
 
+def measured(curve: Curve) -> bool:
+    return bool(curve) and all(math.isfinite(value) for line in curve for value in line.values())
+
+
 def waited(curve: Curve) -> int:
     """Turns since the best one."""
     return len(curve) - 1 - int(np.argmax([line["ndcg@10"] for line in curve]))
 
 
-def reference(curves: dict[str, Curve]) -> str | None:
-    """Of RecTools' contestants the one that ends best."""
-    theirs = [name for name in curves if name.startswith(REFERENCE)]
-    return max(theirs, key=lambda name: final(curves[name]), default=None)
+def times_shorter(curves: dict[str, Curve]) -> dict[str, dict[str, float]]:
+    """Of each of ours, for each of RecTools' contestants: its seconds to its final value over ours to the same one; 0 where ours
+    never had it."""
+
+    def ratio(ours: Curve, theirs: Curve) -> float:
+        reached, base = (seconds_to(curve, final(theirs)) for curve in (ours, theirs))
+        return 0.0 if reached is None or base is None else base / reached
+
+    ours, theirs = (
+        {name: curve for name, curve in curves.items() if measured(curve) and name.startswith(who)}
+        for who in (OURS, THEIRS)
+    )
+    return {name: {peer: ratio(ours[name], theirs[peer]) for peer in theirs} for name in ours}
+
+
+def least_favourable(curves: dict[str, Curve]) -> tuple[float, str, str] | None:
+    """The ratio of ours that does best against the peer it does worst against, and the names of both."""
+    worst = []
+    for name, ratios in times_shorter(curves).items():
+        if ratios:
+            peer = min(ratios, key=ratios.__getitem__)
+            worst.append((ratios[peer], name, peer))
+    return max(worst, default=None)
 
 
 def prepare_data(name: str, work: Path) -> tuple[Path, np.ndarray]:
@@ -226,26 +250,44 @@ def run(
 
 
 def summary(record: dict[str, Any]) -> str:
-    """A Markdown table: what each contestant reached, and how long it took to what RecTools reached. A + at the epochs says that they
-    ended by the budget or a cut, and might have got better."""
+    """Two Markdown tables: what each contestant reached, and how much longer each of RecTools' took to its best value than ours to the
+    same. A + says that a contestant ended by the budget or a cut, and might have got better."""
     curves: dict[str, Curve] = record["curves"]
-    theirs = reference(curves)
-    value = None if theirs is None else final(curves[theirs])
-    base = None if theirs is None or value is None else seconds_to(curves[theirs], value)
+    plus = {
+        name: "+" if measured(curve) and waited(curve) < record["patience"] else "" for name, curve in curves.items()
+    }
     lines = [
-        "| contestant | epochs | best NDCG@10 | CPU s to it | CPU s an epoch | memory, MB (beyond start) "
-        "| CPU s to RecTools' best | times shorter |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| contestant | epochs | best NDCG@10 | CPU s to it | CPU s an epoch | memory, MB (beyond start) |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     for name, curve in curves.items():
+        if not measured(curve):
+            lines.append(f"| {name} | not measured |")
+            continue
         best, epochs = final(curve), curve[-1]["epoch"]
-        reached = None if value is None else seconds_to(curve, value)
         peaks = [max(epoch[key] for epoch in curve) / 1e6 for key in ("peak_bytes", "peak_beyond_start_bytes")]
         lines.append(
-            f"| {name} | {epochs}{'+' if waited(curve) < record['patience'] else ''} | {best:.4f} | {seconds_to(curve, best):.1f} "
-            f"| {curve[-1]['cpu_seconds'] / epochs:.2f} | {peaks[0]:.0f} ({peaks[1]:.0f}) "
-            f"| {'-' if reached is None else f'{reached:.1f}'} | {'-' if reached is None or base is None else f'{base / reached:.1f}'} |"
+            f"| {name} | {epochs}{plus[name]} | {best:.4f} | {seconds_to(curve, best):.1f} "
+            f"| {curve[-1]['cpu_seconds'] / epochs:.2f} | {peaks[0]:.0f} ({peaks[1]:.0f}) |"
         )
+    found, least = times_shorter(curves), least_favourable(curves)
+    if least is None:
+        return "\n".join(lines)
+    peers = list(found[least[1]])
+    lines += [
+        "",
+        f"CPU seconds of each of {THEIRS}' contestants to its own best value, over ours to the same value:",
+        "",
+        f"| times shorter | {' | '.join(peer + plus[peer] for peer in peers)} |",
+        f"|---|{'--:|' * len(peers)}",
+    ]
+    lines += [
+        f"| {name} | {' | '.join(f'{ratios[peer]:.1f}' if ratios[peer] else 'never' for peer in peers)} |"
+        for name, ratios in found.items()
+    ]
+    cut = "; ".join(peer for peer in peers if plus[peer])
+    lines += ["", f"+: ended by the budget, not for want of a better value: {cut or 'none'}.", ""]
+    lines += [f"The least favourable: {least[0]:.1f} times, {least[1]} against {least[2]}."]
     return "\n".join(lines)
 
 
