@@ -208,24 +208,34 @@ def plan() -> None:
     print(f"{tokens} tokens, {asked} rows a rank, {dense / 1e6:.1f} M dense parameters, {operators()} operators a step")
     print(f"{flops / 1e9:.0f} GFLOP, {(attention + around + optimizer) / 1e9:.2f} GB", end=": ")
     print(f"{1e3 * device:.1f} ms on the device; {1e3 * host:.1f} ms on the host\n")
-    columns = "items", "GPUs", "GB a rank: float32", "moments in 16 bits", "all in 16 bits", "GB per-item buffers"
+    columns = (
+        "items",
+        "GPUs",
+        "GB a rank: float32",
+        "moments in 16 bits",
+        "all in 16 bits",
+        "GB index",
+        "GB per-item buffers",
+    )
     columns += "MB all to all", "MB all-reduce", "ms a step"
     print(f"| {' | '.join(columns)} |\n|{'--:|' * len(columns)}")
     for items in (100_000_000, 1_000_000_000):
         for ranks in (8, 16, 32, 64):
             rows = items / ranks
             weights = [rows * (d * size + 4) / 1e9 for size in (12, 8, 6)]
-            buffers = items * 16 / 1e9
+            index, buffers = rows * 4 * (d + 2) / 1e9, items * 16 / 1e9
             away = (ranks - 1) / ranks
             to_all = asked * away * (8 + 2 * 4 * d)
             reduced = 2 * away * 4 * dense
             speed = NVLINK if ranks <= 8 else NETWORK
             exchanged = (to_all + reduced) / (speed * SHARE) + 5 * LATENCY
             step = max(host, device) + exchanged
-            fits = ("" if w + buffers + 8 < MEMORY / 1e9 else " (too large)" for w in weights)
+            fits = ("" if w + index + buffers + 8 < MEMORY / 1e9 else " (too large)" for w in weights)
             memory = " | ".join(f"{w:.1f}{fit}" for w, fit in zip(weights, fits, strict=True))
             sent = f"{to_all / 1e6:.1f} | {reduced / 1e6:.1f}"
-            print(f"| {items // 10**6} M | {ranks} | {memory} | {buffers:.1f} | {sent} | {1e3 * step:.1f} |")
+            print(
+                f"| {items // 10**6} M | {ranks} | {memory} | {index:.1f} | {buffers:.1f} | {sent} | {1e3 * step:.1f} |"
+            )
 
 
 def operators() -> int:
