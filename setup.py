@@ -7,6 +7,7 @@ the torch and triton that are installed beside pip, not by those of an isolated 
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from glob import glob
@@ -21,19 +22,18 @@ COMPILE = "import sys; sys.path.insert(0, sys.argv.pop(1)); from cafe_kernels.co
 
 class build_kernels(build_ext):
     def run(self) -> None:
-        super().run()
         targets = os.environ.get("CAFE_KERNELS_PRECOMPILE", "").replace(",", " ").split()
-        if not targets:
-            return
         root = Path("." if self.inplace else self.build_lib).resolve()
+        compiled = root / "cafe_kernels/compiled"
+        if not self.inplace:
+            shutil.rmtree(compiled, ignore_errors=True)  # an earlier build's, which the wheel would contain
         # -I: without the paths that an isolated build sets.
         python = [sys.executable, "-I", "-c"]
         options = [option for target in targets for option in ("--target", target)]
-        if subprocess.run([*python, "import torch, triton"]).returncode:
+        if targets and subprocess.run([*python, "import torch, triton"]).returncode:
             sys.exit("CAFE_KERNELS_PRECOMPILE needs torch and triton: install them into this environment first")
-        if subprocess.run(
-            [*python, COMPILE, str(root), *options, "--out", str(root / "cafe_kernels/compiled")]
-        ).returncode:
+        super().run()
+        if targets and subprocess.run([*python, COMPILE, str(root), *options, "--out", str(compiled)]).returncode:
             sys.exit(f"the Triton kernels could not be compiled for {', '.join(targets)}: see above")
 
 

@@ -19,7 +19,8 @@ try:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
 except ModuleNotFoundError as missing:
-    sys.exit(f'error: the cafe command needs {missing.name}: pip install "cafe-kernels[cli]"')
+    hint = "; without it: python -m cafe.doctor" if sys.argv[1:2] == ["doctor"] else ""
+    sys.exit(f'error: the cafe command needs {missing.name}: pip install "cafe-kernels[cli]"{hint}')
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -530,6 +531,8 @@ def _recommend_file(recommender: Any, users: Path, out: Path, k: int, as_json: b
 
     from cafe.data.folders import write_atomically
 
+    if not users.is_file():
+        raise ValueError(f"--users {users} is no file: give a CSV or Parquet file with a column 'user'")
     frame = (
         pl.read_parquet(users, glob=False)
         if users.suffix == ".parquet"

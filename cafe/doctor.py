@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,12 @@ PACKAGES = {  # what they are needed for
     "matplotlib": "plots",
     "safetensors": "training",
     "scikit-learn": "the t-SNE of cafe report",
+    "pandas": "cafe.adapter",
+    "onnx": "cafe export",
+    "onnxscript": "cafe export",
+    "onnxruntime": "cafe export",
     "torchrec": "more than one machine",
+    "fbgemm-gpu-cpu": "more than one machine",
 }
 VARIABLES = (
     "CAFE_KERNELS_BACKEND", "CAFE_KERNELS_ISA", "CAFE_KERNELS_STORE", "TRITON_INTERPRET", "TRITON_CACHE_DIR",
@@ -53,13 +59,15 @@ def examine() -> dict[str, Any]:
     problems = found["problems"] = []
     try:
         import torch
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: it lacks a shared library
         problems.append(f"torch cannot be imported ({error}): pip install torch")
         return found
     found["gpus"] = _gpus(torch)
+    if found["gpus"]:
+        found["system"] |= {"cuda": torch.version.cuda, "hip": torch.version.hip, "driver": _driver()}
     try:
         extension = importlib.import_module("cafe_kernels._C")
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         found["extension"] = {"error": str(error)}
         problems.append(
             f"the C++ extension cannot be imported ({error}): install again with a C++ compiler, pip install -v ."
@@ -67,15 +75,25 @@ def examine() -> dict[str, Any]:
         return found
     found["extension"] = {"file": extension.__file__, "instructions": _instructions(extension)}
     from cafe_kernels import stored
+    from cafe_kernels.backends import BACKENDS
 
+    named = os.environ.get("CAFE_KERNELS_BACKEND")
+    if named and named not in BACKENDS:
+        problems.append(f"CAFE_KERNELS_BACKEND={named} is no backend: expected {', '.join(BACKENDS)}")
     kept = stored.folder()
-    found["compiled kernels"] = {"folder": str(kept), "targets": _stored_targets(kept)}
+    if os.environ.get("CAFE_KERNELS_STORE") and not kept.is_dir():
+        problems.append(f"CAFE_KERNELS_STORE={kept} is not a folder: kernels will be compiled")
+    targets, strange = _stored_targets(kept)
+    found["compiled kernels"] = {"folder": str(kept), "targets": targets}
+    problems += [f"{file} does not describe a compiled kernel: delete {file.parent}" for file in strange]
     found["ops"] = [_test(op, backend) for op in OPS for backend in ("cpu", "triton")]
     for row in found["ops"]:
         if row["status"] == "wrong":
             problems.append(f"{row['op']} on {row['backend']} differs from the reference by {row['error']:.1e}")
         if row["status"] == "failed":
             problems.append(f"{row['op']} on {row['backend']} failed: {row['why']}")
+        if row["status"] == "unusable" and row["backend"] == "triton" and found["gpus"]:
+            problems.append(f"{row['op']} does not use the GPU: {row['why']}")
     return found
 
 
@@ -124,39 +142,53 @@ def _gpus(torch: Any) -> list[dict[str, Any]]:
     return gpus
 
 
-def _stored_targets(folder: Path) -> dict[str, int]:
-    """How many kernels were compiled beforehand for each GPU."""
+def _driver() -> str | None:
+    """NVIDIA's or AMD's, as the Linux kernel tells."""
+    for file in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        if Path(file).exists() and (line := Path(file).read_text().partition("\n")[0]):
+            return line
+    return None
+
+
+def _stored_targets(folder: Path) -> tuple[dict[str, int], list[Path]]:
+    """How many kernels were compiled beforehand for each GPU, and files of something else."""
     counts: dict[str, int] = {}
-    for file in folder.glob("*/*.json"):
-        arch = json.loads(file.read_text())["target"]["arch"]
+    strange = []
+    for file in sorted(folder.glob("*/*.json")):
+        try:
+            arch = json.loads(file.read_text())["target"]["arch"]
+        except (OSError, ValueError, LookupError, TypeError):
+            strange.append(file)
+            continue
         name = f"sm_{arch}" if isinstance(arch, int) else str(arch)
         counts[name] = counts.get(name, 0) + 1
-    return counts
+    return counts, strange
 
 
-def _attention(backend: str, device: str) -> list[Any]:
+def _attention(backend: str, device: str, causal: bool = True) -> list[Any]:
     import torch
 
     from cafe_kernels import distance_attention
 
     make = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(90, 2, 16, generator=make).to(device).requires_grad_() for _ in range(3))
-    theta = torch.randn(2, 70, generator=make).to(device).requires_grad_()
+    theta = torch.randn(2, 70 if causal else 139, generator=make).to(device).requires_grad_()
     starts = torch.tensor([0, 1, 20, 90], dtype=torch.int32, device=device)
-    out = distance_attention(q, k, v, theta, starts, max_seqlen=70, dropout_p=0.2, seed=1, backend=backend)
+    options: dict[str, Any] = {"max_seqlen": 70, "dropout_p": 0.2, "seed": 1, "causal": causal}
+    out = distance_attention(q, k, v, theta, starts, backend=backend, **options)
     return [out, *torch.autograd.grad(out.square().sum(), (q, k, v, theta))]
 
 
-def _loss(backend: str, device: str) -> list[Any]:
+def _loss(backend: str, device: str, name: str, negatives_shape: tuple[int, ...]) -> list[Any]:
     import torch
 
-    from cafe_kernels import sampled_softmax
+    import cafe_kernels
 
     make = torch.Generator().manual_seed(0)
     h = torch.randn(30, 16, generator=make).to(device).requires_grad_()
     table = torch.randn(50, 16, generator=make).to(device).requires_grad_()
-    positives, negatives = (torch.randint(50, shape, generator=make).to(device) for shape in ((30,), (40,)))
-    loss = sampled_softmax(h, table, positives, negatives, backend=backend)
+    positives, negatives = (torch.randint(50, shape, generator=make).to(device) for shape in ((30,), negatives_shape))
+    loss = getattr(cafe_kernels, name)(h, table, positives, negatives, backend=backend)
     return [loss, *torch.autograd.grad(loss, (h, table))]
 
 
@@ -188,23 +220,51 @@ def _sampler(backend: str, device: str) -> list[Any]:
 
 
 def _topk(backend: str, device: str) -> list[Any]:
-    import torch
-
     from cafe_kernels import TopKIndex
 
-    make = torch.Generator().manual_seed(0)
-    table, user = (torch.randn(n, 16, generator=make).to(device) for n in (300, 5))
-    intent, scores = torch.randint(4, (300,), generator=make).to(device), torch.randn(5, 4, generator=make).to(device)
+    user, table, intent, scores = _catalog(device)
     found = TopKIndex(table, intent, 4, backend=backend).search(user, 10, scores, join="log_sigmoid")
     return [found.items.float(), found.scores]
 
 
+def _joint_topk(backend: str, device: str) -> list[Any]:
+    import torch
+
+    from cafe_kernels import joint_topk
+
+    user, table, _, scores = _catalog(device)
+    found = joint_topk(user, table, scores, torch.tensor([0, 50, 100, 200, 300], device=device), 10, backend=backend)
+    return [found.items.float(), found.scores]
+
+
+def _topk_inner_product(backend: str, device: str) -> list[Any]:
+    from cafe_kernels import topk_inner_product
+
+    user, table, *_ = _catalog(device)
+    found = topk_inner_product(user, table, 10, backend=backend)
+    return [found.items.float(), found.scores]
+
+
+def _catalog(device: str) -> list[Any]:
+    """5 users, 300 items, the intent of each, 4 intents' scores for each user."""
+    import torch
+
+    make = torch.Generator().manual_seed(0)
+    table, user, scores = (torch.randn(n, d, generator=make) for n, d in ((300, 16), (5, 16), (5, 4)))
+    return [x.to(device) for x in (user, table, torch.randint(4, (300,), generator=make), scores)]
+
+
 OPS: dict[str, Callable[[str, str], list[Any]]] = {
     "distance_attention": _attention,
-    "sampled_softmax": _loss,
+    "distance_attention, two-sided": partial(_attention, causal=False),
+    "sampled_softmax": partial(_loss, name="sampled_softmax", negatives_shape=(40,)),
+    "sampled_bce": partial(_loss, name="sampled_bce", negatives_shape=(30, 8)),
+    "gbce": partial(_loss, name="gbce", negatives_shape=(30, 8)),
     "RowSparseAdam": _optimizer,
     "AliasSampler": _sampler,
     "TopKIndex": _topk,
+    "joint_topk": _joint_topk,
+    "topk_inner_product": _topk_inner_product,
 }
 
 
@@ -238,28 +298,28 @@ def text(found: dict[str, Any]) -> str:
     lines = []
     for name, value in found["versions"].items():
         lines.append(
-            f"{name:<14}{value or f'not installed: needed for {PACKAGES[name]}' if name in PACKAGES else value}"
+            f"{name:<16}{value or f'not installed: needed for {PACKAGES[name]}' if name in PACKAGES else value}"
         )
-    lines += ["", *(f"{name:<14}{value}" for name, value in found["system"].items())]
+    lines += ["", *(f"{name:<16}{value}" for name, value in found["system"].items() if value)]
     lines += [f"{name}={value}" for name, value in found["environment"].items()]
     for gpu in found.get("gpus", []):
         judged = "" if gpu["kernels_judged_for_it"] else ", for which no kernel was judged: it may spill registers"
-        lines.append(f"{'gpu':<14}{gpu['name']}, {gpu['architecture']}, {gpu['memory_gb']} GB{judged}")
+        lines.append(f"{'gpu':<16}{gpu['name']}, {gpu['architecture']}, {gpu['memory_gb']} GB{judged}")
     if found.get("gpus") == []:
-        lines.append(f"{'gpu':<14}none that this torch sees")
+        lines.append(f"{'gpu':<16}none that this torch sees")
     if extension := found.get("extension"):
-        lines.append(f"{'extension':<14}{extension.get('file') or extension['error']}")
+        lines.append(f"{'extension':<16}{extension.get('file') or extension['error']}")
         if "instructions" in extension:
-            lines.append(f"{'instructions':<14}{', '.join(extension['instructions'])}")
+            lines.append(f"{'instructions':<16}{', '.join(extension['instructions'])}")
     if kept := found.get("compiled kernels"):
         stored = ", ".join(f"{count} for {name}" for name, count in kept["targets"].items())
         lines.append(
-            f"{'compiled':<14}{stored or 'no kernel beforehand: the first launches compile'} ({kept['folder']})"
+            f"{'compiled':<16}{stored or 'no kernel beforehand: the first launches compile'} ({kept['folder']})"
         )
     lines.append("")
     for row in found.get("ops", []):
         detail = row.get("why") or f"{row['error']:.1e} off the reference, {row['seconds']} s on {row['device']}"
-        lines.append(f"{row['op']:<20}{row['backend']:<8}{row['status']:<10}{detail}")
+        lines.append(f"{row['op']:<31}{row['backend']:<8}{row['status']:<10}{detail}")
     lines += ["", *(found["problems"] or ["no problem found"])]
     return "\n".join(lines)
 

@@ -28,8 +28,8 @@ def choose_backend(backend: str | None, module: Callable[[str], ModuleType], *te
         return chosen
     try:
         reason = module(chosen).unavailable(*tensors)
-    except ImportError as error:  # triton has no wheels for some platforms
-        reason = str(error)
+    except ImportError as error:  # triton is too old, or has no wheels for the platform
+        reason = missing(error)
     if reason and name:
         raise ValueError(f"backend {name!r} cannot run: {reason}")
     if reason and tensors[0].is_cuda:
@@ -37,6 +37,12 @@ def choose_backend(backend: str | None, module: Callable[[str], ModuleType], *te
             f"a GPU is used through plain PyTorch, slowly, as the triton backend cannot run: {reason}", stacklevel=3
         )
     return "reference" if reason else chosen
+
+
+def missing(error: ImportError) -> str:
+    """Why the module of a backend cannot be imported, and what to do."""
+    hint = '; a GPU build of torch brings it, pip install "cafe-kernels[gpu]" adds it' if error.name == "triton" else ""
+    return f"{error}{hint}"
 
 
 def array(x: Tensor | None) -> Any:

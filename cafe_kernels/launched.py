@@ -5,6 +5,7 @@ number of tokens, a step, a seed are all of these by turns, so training would st
 beforehand (cafe_kernels.compile) would not be what a launch asks for.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,11 @@ import triton
 
 from cafe_kernels import stored
 
+OLDEST = (3, 7)  # Triton, as in the extra gpu of pyproject.toml
+if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < OLDEST:
+    raise ImportError(
+        f"triton {triton.__version__} is too old: update torch (its triton must be >= {'.'.join(map(str, OLDEST))})"
+    )
 stored.use()  # whoever imports a kernel that is launched comes by here
 
 

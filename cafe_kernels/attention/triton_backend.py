@@ -10,20 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cafe_kernels.backends import missing
+
 MISSING, INTERPRETED = "", False
 try:
     from cafe_kernels.attention import triton_common, triton_long, triton_short
 
     INTERPRETED = bool(triton_common.INTERPRETED)
-except ImportError as error:  # triton has no wheels for some platforms
-    MISSING = str(error)
+except ImportError as error:  # triton is too old, or has no wheels for the platform
+    MISSING = missing(error)
 
 HEAD_DIM, LONGEST = 256, 8192  # the largest head width and the longest sequence
 
 
 def unavailable(q: Tensor) -> str | None:
     if MISSING:
-        return f"{MISSING}; pip install -U triton"
+        return MISSING
     if not (q.is_cuda or INTERPRETED):
         return (
             f"it runs on a GPU, q is on {q.device}; TRITON_INTERPRET=1 in the environment interprets it there, slowly"

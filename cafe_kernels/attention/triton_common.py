@@ -5,7 +5,6 @@ Logits are kept in base 2: exp2 is one instruction on a GPU, exp is two. Loops s
 before them, index by index, would fill the registers.
 """
 
-import inspect
 import itertools
 from typing import Any
 
@@ -16,9 +15,6 @@ from torch import Tensor
 
 from cafe_kernels.backends import ONE_VENDOR, vendor_options
 from cafe_kernels.launched import launched, types_of
-
-if "disable_licm" not in inspect.signature(tl.range).parameters:
-    raise ImportError(f"triton {triton.__version__} is too old: it has no tl.range(..., disable_licm)")
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 REDUCED = 16  # distances that one program of the last reduction sums

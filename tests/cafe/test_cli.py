@@ -120,6 +120,11 @@ def test_recommend_for_a_file_of_users(shop, tmp_path):
             1,
             "no column 'user'",
         ),
+        (
+            ["recommend", "--run", "{shop}/cafe", "--users", "none.csv", "--out", "o.parquet"],
+            1,
+            "error: --users none.csv is no file: give a CSV or Parquet file with a column 'user'",
+        ),
         (["evaluate", "--run", "{shop}/cafe", "--protocol", "fair"], 1, "fair"),
         (["train", "--what"], 2, "--what"),
     ],
@@ -332,4 +337,7 @@ def test_without_the_extra_the_command_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert 'typer: pip install "cafe-kernels[cli]"' in done.stderr
+    assert "python -m cafe.doctor" not in done.stderr
     assert "Traceback" not in done.stderr
+    done = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True)
+    assert done.stderr.endswith("; without it: python -m cafe.doctor\n")

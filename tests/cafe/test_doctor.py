@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import cafe_kernels
 from cafe import doctor
 
 
@@ -17,8 +18,10 @@ def found():
 def test_all_is_well_here(found):
     assert found["problems"] == []
     rows = {(row["op"], row["backend"]): row for row in found["ops"]}
-    assert len(rows) == 2 * len(doctor.OPS) == 10
+    assert len(rows) == 2 * len(doctor.OPS)
     assert all(row["status"] == "ok" for (_, backend), row in rows.items() if backend == "cpu")
+    public = set(cafe_kernels.__all__) - {"DistanceMaskedAttention", "TopK"}
+    assert {name.partition(",")[0] for name in doctor.OPS} == public
     assert "portable" in found["extension"]["instructions"]
     text = doctor.text(found)
     assert text.endswith("no problem found")
@@ -66,6 +69,60 @@ def test_what_cannot_be_imported_is_said(module, said):
     assert done.returncode == 1
     assert said in done.stdout.splitlines()[-1]
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_torch_without_its_libraries_is_said(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from cafe.doctor import main; sys.exit(main([]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "torch cannot be imported (libcudart.so.12: " in done.stdout.splitlines()[-1]
+    assert not done.stderr
+
+
+def test_a_gpu_that_the_kernels_cannot_use_is_a_problem(monkeypatch):
+    gpu = {"name": "H", "architecture": "sm_90", "memory_gb": 80.0, "kernels_judged_for_it": True}
+    monkeypatch.setattr(doctor, "_gpus", lambda torch: [gpu])
+    monkeypatch.setattr(doctor, "_driver", lambda: "driver 570")
+    names = "distance_attention, two-sided", "joint_topk"
+    monkeypatch.setattr(doctor, "OPS", {name: doctor.OPS[name] for name in names})
+    found = doctor.examine()
+    assert [line.partition(":")[0] for line in found["problems"]] == [f"{name} does not use the GPU" for name in names]
+    assert "driver 570" in doctor.text(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("import triton; triton.__version__ = '3.6.0'", "triton 3.6.0 is too old: update torch (its triton must be >= 3.7)"),
+        ("sys.modules['triton'] = None", 'a GPU build of torch brings it, pip install "cafe-kernels[gpu]" adds it'),
+    ],
+)  # fmt: skip
+def test_every_op_says_what_is_wrong_with_triton(change, why):
+    pytest.importorskip("triton")
+    code = f"import sys; {change}; from cafe.doctor import main; sys.exit(main(['--json']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    rows = [row for row in json.loads(done.stdout)["ops"] if row["backend"] == "triton"]
+    assert {(row["status"], row["why"].endswith(why)) for row in rows} == {("unusable", True)}
+
+
+def test_variables_that_name_nothing_are_problems(monkeypatch):
+    monkeypatch.setenv("CAFE_KERNELS_STORE", "/nonexistent")
+    monkeypatch.setenv("CAFE_KERNELS_BACKEND", "foo")
+    assert doctor.examine()["problems"] == [
+        "CAFE_KERNELS_BACKEND=foo is no backend: expected reference, cpu, triton",
+        "CAFE_KERNELS_STORE=/nonexistent is not a folder: kernels will be compiled",
+    ]
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"target": 3}', "\xff"])
+def test_files_that_are_no_kernels_are_problems(monkeypatch, tmp_path, content):
+    (tmp_path / "key").mkdir()
+    (tmp_path / "key/kernel.json").write_text(content, encoding="latin1")
+    monkeypatch.setenv("CAFE_KERNELS_STORE", str(tmp_path))
+    assert doctor.examine()["problems"] == [
+        f"{tmp_path}/key/kernel.json does not describe a compiled kernel: delete {tmp_path}/key"
+    ]
 
 
 def test_wrong_options_are_refused(capsys):

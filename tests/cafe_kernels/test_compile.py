@@ -260,3 +260,10 @@ def test_workloads_of_the_attention(monkeypatch):
     backward["run"]()
     two_sided["run"]()
     assert called == ["forward", "backward", "forward"]
+
+
+def test_a_file_to_write_kernels_into_is_refused(tmp_path, capsys):
+    (tmp_path / "kernels").touch()
+    with pytest.raises(SystemExit):
+        offline.main(["--out", str(tmp_path / "kernels")])
+    assert f"--out {tmp_path}/kernels is a file: give a folder" in capsys.readouterr().err

@@ -98,7 +98,7 @@ if not INTERPRETED:
         with pytest.raises(ValueError, match="it runs on a GPU, q is on cpu; TRITON_INTERPRET=1"):
             distance_attention(q, q, q, None, cu, backend="triton")
         monkeypatch.setattr(ops.backend_module("triton"), "MISSING", "No module named 'triton'")
-        with pytest.raises(ValueError, match="cannot run: No module named 'triton'; pip install"):
+        with pytest.raises(ValueError, match="cannot run: No module named 'triton'"):
             distance_attention(q, q, q, None, cu, backend="triton")
 
 else:
