@@ -18,8 +18,9 @@ QUICK := "test_attention.py::test_attention[n=50-64]" "test_attention.py::test_a
 demo: .venv/installed
 	$(BIN)/python -m cafe.demo
 
+# A file's tests stay in one process, since they share what they train.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -85,7 +86,7 @@ soak: .venv/installed
 
 # Lines of both packages that the tests run, in Triton's interpreter too, which is a process of its own.
 coverage: .venv/installed
-	$(BIN)/python -m pytest --cov=cafe --cov=cafe_kernels --cov-report=term-missing:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov=cafe --cov=cafe_kernels --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 clean:
 	rm -rf .venv build demo site *.egg-info cafe_kernels/*.so
