@@ -19,7 +19,8 @@ A folder holds
     export.json         what the model is, the formula of its score and its weights
     serve.py            all of it in use, with numpy, onnxruntime and polars (cafe.serve)
 
-A history is one row of item numbers, oldest first, padded with -1 before them. Its newest `max_len` count; one without items gives NaN.
+A history is one row of item numbers, oldest first, padded with -1 before them. Its newest items count, as many as `max_len` of export.json
+says (one less than the model's own where a hidden item is put behind them: BERT4Rec and its kin); one without items gives NaN.
 """
 
 import logging
@@ -121,7 +122,7 @@ def _meta(config: Config, tower: "UserTower", dataset: Dataset, vectors: dict[st
         "model": config.model,
         "preset": config.preset,
         "fingerprint": dataset.fingerprint,
-        "max_len": config.max_len,
+        "max_len": config.max_len - tower.model.cloze,
         "score_kind": tower.kind,
         "score": FORMULAS[tower.kind],
         "intent_weight": tower.intent_weight,
@@ -169,7 +170,9 @@ class UserTower(nn.Module):
     def forward(self, items: Tensor) -> tuple[Tensor, ...]:
         """items: int64 (B, N), a row the numbers of a history's items, oldest first, after padding by negative numbers."""
         model, cloze = self.model, self.model.cloze
-        items = items[:, cloze - model.config.max_len :]
+        length = items.shape[1]
+        keep = torch.sym_min(length, model.config.max_len - cloze)  # a slice would make the exporter take N for short
+        items = items.narrow(1, length - keep, keep)
         real = items >= 0
         known = real.any(1, keepdim=True)
         if cloze:  # a hidden item behind each row; it reads any

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnxruntime
 import polars as pl
 import pytest
 import torch
@@ -21,6 +22,7 @@ from cafe.train import fit
 
 MAX_LEN = 8
 CLOSE = {"rtol": 0, "atol": 1e-5}
+EXPORTABLE = sorted(MODELS.keys() - {"poprec", "ssept"})
 TINY = {"dim": 16, "max_len": MAX_LEN, "epochs": 2, "batch_size": 32, "lr": 0.01}
 
 
@@ -144,7 +146,7 @@ def untrained(dataset, name, preset="paper", **choice):
 
 
 @pytest.mark.parametrize("choice", [{}, {"mask_reads": "values", "block": "query_norm", "qk_positions": True}])
-@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"poprec", "ssept"}))
+@pytest.mark.parametrize("name", EXPORTABLE)
 def test_towers_of_all_models(dataset, name, choice):
     model, rows = untrained(dataset, name, **choice), histories(dataset)
     longest = max(map(len, rows))
@@ -154,6 +156,38 @@ def test_towers_of_all_models(dataset, name, choice):
     np.testing.assert_allclose(found[0], want[0], **CLOSE)
     if name == "cafe":
         np.testing.assert_allclose(found[1], want[1], **CLOSE)
+
+
+@pytest.mark.parametrize("name", EXPORTABLE)
+def test_the_written_model_reads_rows_of_any_length(dataset, tmp_path, name):
+    """The ONNX itself, without what serve.py cuts off before."""
+    model, rng = untrained(dataset, name, dim=8, layers=1), np.random.default_rng(0)
+    tower = UserTower(model).eval()
+    tower.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    for length in (1, MAX_LEN - 1, MAX_LEN, MAX_LEN + 1, 3 * MAX_LEN):
+        for batch in (1, 3):
+            rows = rng.integers(0, dataset.num_items, (batch, length))
+            rows[-1, : length // 2] = -1
+            read = [row[row >= 0].tolist() for row in rows]
+            with torch.no_grad():
+                want = model.states(*packed(read))
+            found = dict(zip(tower.outputs, session.run(None, {"items": rows}), strict=True))
+            query = want[0].numpy()
+            np.testing.assert_allclose(found["query"][:, : query.shape[1]], query, **CLOSE)
+            if name == "cafe":
+                np.testing.assert_allclose(found["intent_query"], want[1], **CLOSE)
+
+
+def test_long_histories_are_read_as_the_recommender_does(dataset, tmp_path):
+    model = untrained(dataset, "bert4rec", dim=8, layers=1)
+    assert export(model, dataset, tmp_path / "out")["max_len"] == MAX_LEN - 1
+    served, ids = ExportedModel(tmp_path / "out"), dataset.item_ids.to_list()
+    histories = [ids[start : start + length] for start in (0, 20) for length in (MAX_LEN, MAX_LEN + 1, 3 * MAX_LEN)]
+    for history, want in zip(histories, Recommender(model, dataset).recommend(histories, k=10), strict=True):
+        items, _, scores = zip(*served.recommend(history, k=10), strict=True)
+        assert list(items) == want.items
+        np.testing.assert_allclose(scores, want.scores, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(
