@@ -170,13 +170,15 @@ class UserTower(nn.Module):
     def forward(self, items: Tensor) -> tuple[Tensor, ...]:
         """items: int64 (B, N), a row the numbers of a history's items, oldest first, after padding by negative numbers."""
         model, cloze = self.model, self.model.cloze
-        length = items.shape[1]
+        length, known = items.shape[1], (items >= 0).any(1, keepdim=True)
         keep = torch.sym_min(length, model.config.max_len - cloze)  # a slice would make the exporter take N for short
         items = items.narrow(1, length - keep, keep)
         real = items >= 0
-        known = real.any(1, keepdim=True)
         if cloze:  # a hidden item behind each row; it reads any
-            items, real = torch.cat([items, items[:, :1]], 1), torch.cat([real, torch.ones_like(known)], 1)
+            items, real = (
+                torch.cat([items, torch.zeros_like(known, dtype=items.dtype)], 1),
+                torch.cat([real, torch.ones_like(known)], 1),
+            )
         batch, length = items.shape
         ends = torch.arange(batch + 1, device=items.device) * length
         tokens = Padded(

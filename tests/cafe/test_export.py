@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
@@ -112,25 +113,56 @@ def test_tables_have_the_ids_and_the_vectors(exported, dataset):
 
 
 def test_a_history_without_items_is_no_number(exported, dataset):
-    _, folder, _ = exported
+    model, folder, _ = exported
     served, rows = ExportedModel(folder), histories(dataset, 20)[:2]
     both = served.session.run(None, {"items": np.array([[-1] * 5, [-1] * 2 + rows[0][:3]])})
-    alone = served.outputs([rows[0][:3]])
-    for got, want in zip(both, alone.values(), strict=True):
+    alone, empty, none = served.outputs([rows[0][:3]]), served.outputs([[]]), served.outputs([])
+    for name, got in zip(alone, both, strict=True):
         assert np.isnan(got[0]).all()
-        np.testing.assert_allclose(got[1], want[0], **CLOSE)
+        np.testing.assert_allclose(got[1], alone[name][0], **CLOSE)
+        np.testing.assert_array_equal(empty[name], got[:1])
+        assert none[name].shape == (0, *got.shape[1:])
     with pytest.raises(ValueError, match="popular"):
         served.recommend(["what"])
+    for k in (0, -1, 2.5, "3", True):
+        for refused in (served.recommend, Recommender(model, dataset).recommend):
+            with pytest.raises(ValueError, match=f"k={k!r}: expected a whole number, at least 1"):
+                refused([], k=k)
+
+
+def run_serve(folder, *arguments, **variables):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    command = [sys.executable, "serve.py", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_the_written_program_runs_alone(exported, dataset):
     model, folder, _ = exported
     history = [dataset.item_ids[item] for item in dataset.sequences[0].tolist()]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "serve.py", ",".join([*history, "what"])]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    done = run_serve(folder, ", ".join([*history, "what"]))
     printed = [line.split("\t")[0] for line in done.stdout.splitlines()]
     assert printed == Recommender(model, dataset).recommend([history], k=10)[0].items
+
+
+def test_mistakes_of_the_written_program_are_one_line(dataset, tmp_path):
+    numbered = replace(dataset, item_ids=pl.Series(range(dataset.num_items)))
+    export(untrained(numbered, "sasrec", dim=8, layers=1), numbered, tmp_path / "out")
+    assert run_serve(tmp_path / "out", "1, x,2").stdout.count("\n") == 10
+    for arguments, said in (
+        ((), "usage: python serve.py ITEM,ITEM,..."),
+        (("1", "2"), "usage: "),
+        (("--help",), "usage: "),
+        (("x",), "error: none of the items ['x'] is known"),
+        (("",), "error: none of the items [''] is known"),
+    ):
+        done = run_serve(tmp_path / "out", *arguments)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+        assert done.stderr.startswith(said)
+    (tmp_path / "without/onnxruntime").mkdir(parents=True)
+    hidden = "raise ModuleNotFoundError(name='onnxruntime')"
+    (tmp_path / "without/onnxruntime/__init__.py").write_text(hidden)
+    done = run_serve(tmp_path / "out", "1", PYTHONPATH=str(tmp_path / "without"))
+    assert 'serving needs onnxruntime: pip install numpy onnxruntime polars, or "cafe-kernels[export]"' in done.stderr
 
 
 def untrained(dataset, name, preset="paper", **choice):
@@ -177,6 +209,13 @@ def test_the_written_model_reads_rows_of_any_length(dataset, tmp_path, name):
             np.testing.assert_allclose(found["query"][:, : query.shape[1]], query, **CLOSE)
             if name == "cafe":
                 np.testing.assert_allclose(found["intent_query"], want[1], **CLOSE)
+
+
+def test_a_model_of_one_token_reads_the_hidden_item(dataset):
+    model = untrained(dataset, "bert4rec", max_len=1)
+    with torch.no_grad():
+        (query,), (want, _) = UserTower(model)(torch.tensor([[1, 2]])), model.states(*packed([[1, 2]]))
+    np.testing.assert_allclose(query, want, **CLOSE)
 
 
 def test_long_histories_are_read_as_the_recommender_does(dataset, tmp_path):
