@@ -34,13 +34,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from torch import Tensor, nn
 
+try:
+    import polars as pl
+except ModuleNotFoundError:
+    raise ModuleNotFoundError('cafe.export needs polars: pip install "cafe-kernels[export]"') from None
+
 from cafe.config import Config
 from cafe.data.dataset import Dataset
-from cafe.data.folders import new_folder, seal, write_file
+from cafe.data.folders import new_folder, seal
 from cafe.models import Model
 from cafe.models.base import RANKINGS, Tokens
 from cafe.models.blocks import last_tokens
@@ -103,13 +107,13 @@ def export(model: Model, dataset: Dataset, out: str | Path) -> dict[str, Any]:
             for name, array in vectors.items():
                 np.save(folder / f"{name}.npy", array)
                 pl.DataFrame([*tables[name], pl.Series("vector", array)]).write_parquet(folder / f"{name}.parquet")
-            write_file(folder / "serve.py", [Path(__file__).with_name("serve.py").read_bytes()])
-            write_file(folder / MARKER, [seal(meta)])
+            (folder / "serve.py").write_bytes(Path(__file__).with_name("serve.py").read_bytes())
+            (folder / MARKER).write_bytes(seal(meta))
             for file in folder.iterdir():
                 _flush(file)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise OSError(
-                f"cannot write {out}: {error}; nothing is left of it. Put that right and run it again"
+                f"cannot write {out}: {getattr(error, 'strerror', None) or error}; nothing is left of it. Put that right and run it again"
             ) from None
     return meta
 

@@ -274,6 +274,23 @@ def test_missing_packages_are_named(dataset, tmp_path, monkeypatch):
         export(untrained(dataset, "sasrec"), dataset, tmp_path / "out")
 
 
+def test_places_that_cannot_be_written(dataset, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match=r"cannot write .*/file/out: Not a directory; choose another"):
+        export(untrained(dataset, "sasrec"), dataset, tmp_path / "file/out")
+    (tmp_path / "link").symlink_to("target")
+    with pytest.raises(FileExistsError, match="/link is a link to target, which is not there: remove it"):
+        export(untrained(dataset, "sasrec"), dataset, tmp_path / "link")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
+
+
+@pytest.mark.parametrize(("module", "extra"), [("export", "export"), ("adapter", "pandas")])
+def test_without_polars_the_extra_is_named(module, extra):
+    program = f"import sys; sys.modules['polars'] = None; import cafe.{module}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.endswith(f'cafe.{module} needs polars: pip install "cafe-kernels[{extra}]"\n')
+
+
 def test_a_full_disk_leaves_nothing(dataset, tmp_path, monkeypatch):
     def full(path, array):
         path.write_bytes(b"half")
