@@ -51,7 +51,7 @@ from cafe.data.folders import read_sealed, seal, write_atomically
 from cafe.models import MODELS
 from cafe.models.base import Batch, Model
 from cafe.plots import plot_curve
-from cafe.runs import check_out, hash_of, is_best, is_state, locked, new_state, open_run, write_metrics
+from cafe.runs import check_device, check_out, hash_of, is_best, is_state, locked, new_state, open_run, write_metrics
 from cafe.sharding import TABLE, Sharded, ShardedTable
 from cafe.train import (
     SAVING_SHARE,
@@ -165,6 +165,7 @@ def fit(
         >>> fit(Config.make("cafe", "best", epochs=3), Dataset.load("data/shop"), "runs/cafe")  # doctest: +SKIP
     """
     out = Path(out)
+    check_device(device)
     if config.model not in MODELS_HERE or config.loss == "full":
         raise ValueError(
             f"model={config.model!r} with loss={config.loss!r}: cafe.distributed trains {' and '.join(MODELS_HERE)} with sampled "

@@ -105,8 +105,8 @@ class Recommender:
             filter_viewed: False recommends the items of a history, too.
 
         Raises:
-            ValueError: k is no whole number or not positive; a text, or one history where a list of them was expected; not one user a history;
-                scores that are not finite.
+            ValueError: k is no whole number or not positive; a text, or one history where a list of them was expected; not one
+                user a history; scores that are not finite.
         """
         if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
             raise ValueError(f"k={k!r}: expected a whole number, at least 1")
