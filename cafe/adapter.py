@@ -222,11 +222,11 @@ def _columns(frame: Any, names: list[str], what: str) -> pl.DataFrame:
         )
     columns = []
     for name in names:
-        given, missing = frame[name].notna(), np.flatnonzero(frame[name].isna())
-        if len(missing) and name != "intent":
+        given, absent = frame[name].notna(), np.flatnonzero(frame[name].isna())
+        if len(absent) and name != "intent":
             raise ValueError(
-                f"column {name!r} of {what} has no value in {len(missing)} rows, the first at index "
-                f"{frame.index[missing[0]]!r}: drop them"
+                f"column {name!r} of {what} has no value in {len(absent)} rows, the first at index "
+                f"{frame.index[absent[0]]!r}: drop them"
             )
         try:
             values = frame[name].to_numpy()
