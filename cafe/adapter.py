@@ -13,19 +13,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import polars as pl
 
 try:
     import pandas as pd
-except ModuleNotFoundError:
-    raise ModuleNotFoundError('cafe.adapter needs pandas: pip install "cafe-kernels[pandas]"') from None
+    import polars as pl
 
-from cafe.config import Config
-from cafe.data.dataset import Dataset, Holdout, Sequences
-from cafe.data.prepare import prepare
-from cafe.models import Model
-from cafe.recommend import Recommender
-from cafe.train import fit
+    from cafe.config import Config
+    from cafe.data.dataset import Dataset, Holdout, Sequences
+    from cafe.data.prepare import prepare
+    from cafe.models import Model
+    from cafe.recommend import Recommender
+    from cafe.train import Interrupted, fit
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(f'cafe.adapter needs {missing.name}: pip install "cafe-kernels[pandas]"') from None
 
 COLUMNS = ["user_id", "item_id", "datetime"]
 UNSUPPORTED = ("raise", "warn", "ignore")
@@ -111,7 +111,8 @@ class CAFEModel:
             The model itself.
 
         Raises:
-            ValueError: missing columns or values, ids of another kind, or nothing to train or validate on.
+            ValueError: missing columns or values, ids of another kind, nothing to train or validate on, or no such device.
+            Interrupted: Ctrl-C; the model is as it was before.
         """
         interactions = _interactions(dataset)
         if item_features is None and getattr(dataset, "item_features", None) is not None:
@@ -127,9 +128,12 @@ class CAFEModel:
                 prepared = prepare(
                     folder / "interactions.parquet", items, user_col="user_id", item_col="item_id", time_col="datetime"
                 )
-            except ValueError as error:  # it speaks of files and of the command line
-                raise ValueError(str(error).replace(f"{folder}/", "").split(" (")[0]) from None
-            model = fit(self.config, LastValidates.of(prepared), folder / "run", device=self.device)
+            except ValueError as error:
+                raise ValueError(str(error).replace(f"{folder}/", "")) from None
+            try:
+                model = fit(self.config, LastValidates.of(prepared), folder / "run", device=self.device)
+            except Interrupted:  # its text speaks of a folder that will be gone
+                raise Interrupted("interrupted; nothing of this training is kept: call fit again") from None
         self.recommender = Recommender(model.cpu(), prepared)
         self._interactions = interactions
         return self
@@ -218,10 +222,16 @@ def _columns(frame: Any, names: list[str], what: str) -> pl.DataFrame:
         )
     columns = []
     for name in names:
-        values = frame[name].to_numpy()
+        given, absent = frame[name].notna(), np.flatnonzero(frame[name].isna())
+        if len(absent) and name != "intent":
+            raise ValueError(
+                f"column {name!r} of {what} has no value in {len(absent)} rows, the first at index "
+                f"{frame.index[absent[0]]!r}: drop them"
+            )
         try:
+            values = frame[name].to_numpy()
             if values.dtype.kind not in "iufM":
-                values = frame[name].astype(object).where(frame[name].notna(), None).tolist()
+                values = frame[name].astype(object).where(given, None).tolist()
             columns.append(pl.Series(name, values))
         except (TypeError, OverflowError) as error:
             raise ValueError(

@@ -203,8 +203,6 @@ def train(
         from cafe.distributed import fit
     if threads:
         torch.set_num_threads(threads)
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: no GPU is usable here; leave --device out")
     overrides: dict[str, Any] = {
         "epochs": epochs, "seed": seed, "batch_size": batch_size, "lr": lr, "dim": dim, "max_len": max_len, "precision": precision
     }  # fmt: skip

@@ -49,7 +49,7 @@ from cafe.data.dataset import Dataset
 from cafe.models import MODELS
 from cafe.models.base import Batch, Model
 from cafe.plots import plot_curve
-from cafe.runs import check_out, hash_of, is_best, is_state, locked, new_state, open_run, write_metrics
+from cafe.runs import check_device, check_out, hash_of, is_best, is_state, locked, new_state, open_run, write_metrics
 from cafe.sharding import Sharded, ShardedTable
 from cafe.shards import Checkpoints, export, read_index
 from cafe.train import (
@@ -161,6 +161,7 @@ def fit(
         >>> fit(Config.make("cafe", "best", epochs=3), Dataset.load("data/shop"), "runs/cafe")  # doctest: +SKIP
     """
     out = Path(out)
+    check_device(device)
     if config.model not in MODELS_HERE or config.loss == "full":
         raise ValueError(
             f"model={config.model!r} with loss={config.loss!r}: cafe.distributed trains {' and '.join(MODELS_HERE)} with sampled "

@@ -19,7 +19,8 @@ A folder holds
     export.json         what the model is, the formula of its score and its weights
     serve.py            all of it in use, with numpy, onnxruntime and polars (cafe.serve)
 
-A history is one row of item numbers, oldest first, padded with -1 before them. Its newest `max_len` count; one without items gives NaN.
+A history is one row of item numbers, oldest first, padded with -1 before them. Its newest items count, as many as `max_len` of export.json
+says (one less than the model's own where a hidden item is put behind them: BERT4Rec and its kin); one without items gives NaN.
 """
 
 import logging
@@ -33,13 +34,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from torch import Tensor, nn
 
+try:
+    import polars as pl
+except ModuleNotFoundError:
+    raise ModuleNotFoundError('cafe.export needs polars: pip install "cafe-kernels[export]"') from None
+
 from cafe.config import Config
 from cafe.data.dataset import Dataset
-from cafe.data.folders import new_folder, seal, write_file
+from cafe.data.folders import new_folder, seal
 from cafe.models import Model
 from cafe.models.base import RANKINGS, Tokens
 from cafe.models.blocks import last_tokens
@@ -102,13 +107,13 @@ def export(model: Model, dataset: Dataset, out: str | Path) -> dict[str, Any]:
             for name, array in vectors.items():
                 np.save(folder / f"{name}.npy", array)
                 pl.DataFrame([*tables[name], pl.Series("vector", array)]).write_parquet(folder / f"{name}.parquet")
-            write_file(folder / "serve.py", [Path(__file__).with_name("serve.py").read_bytes()])
-            write_file(folder / MARKER, [seal(meta)])
+            (folder / "serve.py").write_bytes(Path(__file__).with_name("serve.py").read_bytes())
+            (folder / MARKER).write_bytes(seal(meta))
             for file in folder.iterdir():
                 _flush(file)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise OSError(
-                f"cannot write {out}: {error}; nothing is left of it. Put that right and run it again"
+                f"cannot write {out}: {getattr(error, 'strerror', None) or error}; nothing is left of it. Put that right and run it again"
             ) from None
     return meta
 
@@ -121,7 +126,7 @@ def _meta(config: Config, tower: "UserTower", dataset: Dataset, vectors: dict[st
         "model": config.model,
         "preset": config.preset,
         "fingerprint": dataset.fingerprint,
-        "max_len": config.max_len,
+        "max_len": config.max_len - tower.model.cloze,
         "score_kind": tower.kind,
         "score": FORMULAS[tower.kind],
         "intent_weight": tower.intent_weight,
@@ -169,11 +174,15 @@ class UserTower(nn.Module):
     def forward(self, items: Tensor) -> tuple[Tensor, ...]:
         """items: int64 (B, N), a row the numbers of a history's items, oldest first, after padding by negative numbers."""
         model, cloze = self.model, self.model.cloze
-        items = items[:, cloze - model.config.max_len :]
+        length, known = items.shape[1], (items >= 0).any(1, keepdim=True)
+        keep = torch.sym_min(length, model.config.max_len - cloze)  # a slice would make the exporter take N for short
+        items = items.narrow(1, length - keep, keep)
         real = items >= 0
-        known = real.any(1, keepdim=True)
         if cloze:  # a hidden item behind each row; it reads any
-            items, real = torch.cat([items, items[:, :1]], 1), torch.cat([real, torch.ones_like(known)], 1)
+            items, real = (
+                torch.cat([items, torch.zeros_like(known, dtype=items.dtype)], 1),
+                torch.cat([real, torch.ones_like(known)], 1),
+            )
         batch, length = items.shape
         ends = torch.arange(batch + 1, device=items.device) * length
         tokens = Padded(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sized
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,11 @@ class Recommender:
             filter_viewed: False recommends the items of a history, too.
 
         Raises:
-            ValueError: k is not positive; a text, or one history where a list of them was expected; not one user a history;
-                scores that are not finite.
+            ValueError: k is no whole number or not positive; a text, or one history where a list of them was expected; not one
+                user a history; scores that are not finite.
         """
-        if k < 1:
-            raise ValueError(f"k={k}: expected at least 1")
+        if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
+            raise ValueError(f"k={k!r}: expected a whole number, at least 1")
         if isinstance(histories, str) or any(isinstance(x, str) or not isinstance(x, Iterable) for x in histories):
             raise ValueError(
                 f"histories={reprlib.repr(histories)}: expected a list of histories, each a list of item ids, as in "

@@ -149,6 +149,12 @@ def load_checked(path: Path, run_hash: str, restore: Callable[[dict[str, torch.T
     return state
 
 
+def check_device(device: str) -> None:
+    """Refuses (ValueError) a GPU where there is none."""
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f'device {device!r}: no GPU is usable here; train on "cpu"')
+
+
 def check_out(out: Path, config: Config, dataset: Dataset, resume: bool, last: str = "last.safetensors") -> None:
     """Refuses a folder that can be neither begun nor, with `resume`, gone on with; writes nothing. last: what holds the progress."""
     if out.exists() and not out.is_dir():

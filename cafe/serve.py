@@ -9,13 +9,22 @@ scores above intent_weight * log_sigmoid(intent_query . intents[c]), so intents 
 """
 
 import json
+import re
 import sys
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
-import polars as pl
+try:
+    import numpy as np
+    import onnxruntime
+    import polars as pl
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        f'serving needs {missing.name}: pip install numpy onnxruntime polars, or "cafe-kernels[export]"'
+    ) from None
+
+USAGE = "usage: python serve.py ITEM,ITEM,...   (item ids, oldest first)"
 
 
 class ExportedModel:
@@ -39,12 +48,17 @@ class ExportedModel:
             self.intents = np.load(folder / "intents.npy", allow_pickle=False)
 
     def outputs(self, histories: list[list[int]]) -> dict[str, np.ndarray]:
-        """What the model says of histories of item numbers, oldest first, by name: query (B, D), intent_query (B, d), bias (B,)."""
+        """What the model says of histories of item numbers, oldest first, by name: query (B, D), intent_query (B, d), bias (B,).
+
+        A history without items gives NaN, no histories arrays of no rows.
+        """
         newest = [history[-self.meta["max_len"] :] for history in histories]
-        longest = max(map(len, newest))
+        longest = max([1, *map(len, newest)])
         rows = [[-1] * (longest - len(history)) + history for history in newest]
         names = [output.name for output in self.session.get_outputs()]
-        return dict(zip(names, self.session.run(names, {"items": np.array(rows, np.int64)}), strict=True))
+        return dict(
+            zip(names, self.session.run(names, {"items": np.array(rows, np.int64).reshape(-1, longest)}), strict=True)
+        )
 
     def scores(self, outputs: dict[str, np.ndarray]) -> np.ndarray:
         """The scores of all items, (B, V)."""
@@ -58,6 +72,8 @@ class ExportedModel:
 
     def recommend(self, history: list[Any], k: int = 10) -> list[tuple[Any, Any, float]]:
         """(item, intent, score) of the k best items that are not in the history; items that the model does not know are skipped."""
+        if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
+            raise ValueError(f"k={k!r}: expected a whole number, at least 1")
         numbers = [self.number[item] for item in history if item in self.number]
         if not numbers:
             raise ValueError(f"none of the items {history} is known: recommend popular items instead")
@@ -71,8 +87,20 @@ def log_sigmoid(x: np.ndarray) -> np.ndarray:
     return -np.logaddexp(0, -x)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+        sys.exit(USAGE)
     model = ExportedModel(Path(__file__).parent)
-    history = sys.argv[1].split(",")
-    for row in model.recommend([int(item) if isinstance(model.item_ids[0], int) else item for item in history]):
+    history: list[Any] = [item.strip() for item in arguments[0].split(",")]
+    if isinstance(model.item_ids[0], int):
+        history = [int(item) if re.fullmatch("-?[0-9]+", item) else item for item in history]
+    try:
+        best = model.recommend(history)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    for row in best:
         print(*row, sep="\t")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -27,6 +27,7 @@ from cafe.models import Model, build
 from cafe.models.base import Batch
 from cafe.plots import learned_masks, plot_curve, plot_theta
 from cafe.runs import (
+    check_device,
     check_out,
     hash_of,
     is_best,
@@ -82,9 +83,9 @@ def fit(
         The model at its best validation.
 
     Raises:
-        ValueError: the run in `out` has another configuration or dataset, there is nothing to train or validate on, or the
-            loss is not finite. (On a GPU that is noticed when losses are read, up to STEPS_BETWEEN_READS steps later, yet always
-            before anything is saved: what is saved has finite losses behind it.)
+        ValueError: no GPU where `device` is one, the run in `out` has another configuration or dataset, there is nothing to
+            train or validate on, or the loss is not finite. (On a GPU that is noticed when losses are read, up to
+            STEPS_BETWEEN_READS steps later, yet always before anything is saved: what is saved has finite losses behind it.)
         FileExistsError: `out` holds something else, or a run and `resume` is not set.
         BlockingIOError: another process trains in `out`.
         Interrupted: Ctrl-C; the state is saved.
@@ -93,6 +94,7 @@ def fit(
         >>> model = fit(Config.make("sasrec", epochs=3), Dataset.load("beauty"), "runs/sasrec")  # doctest: +SKIP
     """
     out = Path(out)
+    check_device(device)
     check_out(out, config, dataset, resume)
     if len(dataset.holdout("valid").users) == 0:
         raise ValueError("nobody to validate on: no user has three interactions or more")

@@ -11,6 +11,7 @@ import argparse
 import csv
 import gzip
 from collections import defaultdict
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +37,22 @@ class Encoder(nn.Module):
         return self.norms[2](x + self.dropout(self.feed_forward(self.norms[1](x))))
 
 
+def seconds(text: str) -> float:
+    """A timestamp, a number or an ISO 8601 date (without a zone: UTC)."""
+    try:
+        return float(text)
+    except ValueError:
+        time = datetime.fromisoformat(text.replace("Z", "+00:00"))
+        return (time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp()
+
+
 def read(path: Path) -> tuple[list[str], list[np.ndarray]]:
     """The items' ids, and every user's item numbers in time order."""
     number: dict[str, int] = {}
     events = defaultdict(list)
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         for row in csv.DictReader(file):
-            events[row["user"]].append((float(row["timestamp"]), number.setdefault(row["item"], len(number))))
+            events[row["user"]].append((seconds(row["timestamp"]), number.setdefault(row["item"], len(number))))
     histories = [np.array([item for _, item in sorted(rows, key=lambda row: row[0])]) for rows in events.values()]
     return list(number), [history for history in histories if len(history) > 2]
 
@@ -97,6 +107,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.file.is_file():
         parser.error(f"{options.file}: no such file; give one with the columns user, item, timestamp")
     ids, histories = read(options.file)
+    if not histories:
+        parser.error(f"{options.file}: no user has three interactions; give more rows of user, item, timestamp")
     torch.manual_seed(options.seed)
     model = Encoder(len(ids), options.dim, options.length, options.dropout)
     tables = RowSparseAdam([model.items], lr=options.lr, mode="exact")

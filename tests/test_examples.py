@@ -85,6 +85,18 @@ def test_own_loop_names_the_missing_file(tmp_path, capsys):
     assert "no.csv: no such file" in capsys.readouterr().err
 
 
+def test_own_loop_reads_dates_and_names_an_empty_file(tmp_path, capsys):
+    loop, file = runpy.run_path(str(EXAMPLES / "own_loop.py")), tmp_path / "buys.csv"
+    file.write_text("user,item,timestamp\na,z,2024-01-02\na,y,2024-01-01T10:00:00Z\na,x,2024-01-01 09:00:00\n")
+    ids, (history,) = loop["read"](file)
+    assert [ids[item] for item in history] == ["x", "y", "z"]
+    for text in ("", "user,item,timestamp\n"):
+        file.write_text(text)
+        with pytest.raises(SystemExit):
+            loop["main"]([str(file)])
+        assert "buys.csv: no user has three interactions" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_walkthrough(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WALKTHROUGH_FOLDER", str(tmp_path))

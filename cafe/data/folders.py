@@ -129,16 +129,26 @@ def new_folder(out: str | Path, marker: str, format: str, names: Collection[str]
     killed at once leaves (`.NAME.tmp`, `.NAME.old`) the next one for the same `out` clears away or puts back.
 
     Raises:
+        FileExistsError: `out` is a link to nothing, or holds something else.
+        OSError: it cannot be made.
         BlockingIOError: another process writes the same `out`.
     """
-    out = Path(out).expanduser().resolve()
+    out = Path(out).expanduser()
+    if out.is_symlink() and not out.exists():
+        raise FileExistsError(
+            f"{out} is a link to {out.readlink()}, which is not there: remove it, or choose another folder"
+        )
+    out = out.resolve()
     temporary, former = (out.with_name(f".{out.name}.{suffix}") for suffix in ("tmp", "old"))
     if former.exists() and not out.exists():
         former.rename(out)
     check_replaceable(out, marker, format, names)
     if temporary.is_symlink():
         temporary.unlink()
-    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # it names the temporary folder
+        raise OSError(f"cannot write {out}: {error.strerror}; choose another output folder") from None
     descriptor = os.open(temporary, os.O_RDONLY)
     try:
         lock(descriptor, f"another process writes {out}: wait for it, or choose another output folder")

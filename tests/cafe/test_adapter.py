@@ -5,10 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.sparse import csr_matrix
 
+from cafe import adapter
 from cafe.adapter import CAFEModel, LastValidates
 from cafe.recommend import Recommender
+from cafe.train import Interrupted
 
 TINY = {"dim": 16, "max_len": 8, "epochs": 3, "batch_size": 32, "lr": 0.01}
 
@@ -138,8 +141,19 @@ def test_mistakes_are_named(frames, fitted):
         model.fit(interactions, features.rename(columns={"intent": "category"}))
     with pytest.raises(ValueError, match="must be a pandas DataFrame or a RecTools Dataset, got int"):
         fitted.recommend(["u1"], 10)
-    with pytest.raises(ValueError, match=r"column 'item_id', row 1 of interactions\.parquet: no value$"):
-        model.fit(interactions.assign(item_id=[None, *interactions["item_id"][1:]]))
+    for column, missing in (("item_id", None), ("datetime", pd.NaT), ("user_id", pd.NA)):
+        gap = interactions.assign(**{column: [missing, *interactions[column][1:]]})
+        for call in (model.fit, lambda gap: fitted.recommend(["u1"], gap)):
+            with pytest.raises(
+                ValueError, match=f"column '{column}' of the interactions has no value in 1 rows, the first at index"
+            ):
+                call(gap)
+    gap = numbers.assign(user_id=pd.array([None, *range(1, len(numbers))], dtype="Int64"))
+    for call in (model.fit, lambda gap: fitted.recommend(["u1"], gap)):
+        with pytest.raises(ValueError, match="column 'user_id' of the interactions has no value in 1 rows"):
+            call(gap)
+    with pytest.raises(ValueError, match=r"'noon \(or so\)' is not a timestamp .*ISO 8601 dates"):
+        model.fit(interactions.assign(datetime="noon (or so)"))
     with pytest.raises(ValueError, match="column 'user_id' of the interactions has values of several types"):
         model.fit(interactions.assign(user_id=pd.Series([1, *["a"] * (len(interactions) - 1)], dtype=object).to_list()))
     with pytest.raises(ValueError, match="user_id is of type Int64; the model was fitted on ids of type String"):
@@ -150,5 +164,21 @@ def test_mistakes_are_named(frames, fitted):
         fitted.recommend(["u1"], items_to_recommend=["i1"])
     with pytest.raises(ValueError, match="on_unsupported_targets='no': expected raise, warn, ignore"):
         fitted.recommend(["u1"], on_unsupported_targets="no")
-    with pytest.raises(ValueError, match="k=0"):
-        fitted.recommend(["u1"], k=0)
+    for k in (0, 2.5, "3", True):
+        with pytest.raises(ValueError, match=f"k={k!r}: expected a whole number, at least 1"):
+            fitted.recommend(["u1"], k=k)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(frames):
+    with pytest.raises(ValueError, match="device 'cuda': no GPU is usable here"):
+        CAFEModel("sasrec", "paper", device="cuda", **TINY).fit(*frames)
+
+
+def test_an_interrupted_fit_names_no_folder(frames, monkeypatch):
+    def interrupted(*_, **__):
+        raise Interrupted("Go on with: cafe train --resume --out /tmp/x")
+
+    monkeypatch.setattr(adapter, "fit", interrupted)
+    with pytest.raises(Interrupted, match=r"^interrupted; nothing of this training is kept: call fit again$"):
+        CAFEModel("sasrec", "paper", **TINY).fit(*frames)

@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
+import onnxruntime
 import polars as pl
 import pytest
 import torch
@@ -21,6 +23,7 @@ from cafe.train import fit
 
 MAX_LEN = 8
 CLOSE = {"rtol": 0, "atol": 1e-5}
+EXPORTABLE = sorted(MODELS.keys() - {"poprec", "ssept"})
 TINY = {"dim": 16, "max_len": MAX_LEN, "epochs": 2, "batch_size": 32, "lr": 0.01}
 
 
@@ -110,25 +113,56 @@ def test_tables_have_the_ids_and_the_vectors(exported, dataset):
 
 
 def test_a_history_without_items_is_no_number(exported, dataset):
-    _, folder, _ = exported
+    model, folder, _ = exported
     served, rows = ExportedModel(folder), histories(dataset, 20)[:2]
     both = served.session.run(None, {"items": np.array([[-1] * 5, [-1] * 2 + rows[0][:3]])})
-    alone = served.outputs([rows[0][:3]])
-    for got, want in zip(both, alone.values(), strict=True):
+    alone, empty, none = served.outputs([rows[0][:3]]), served.outputs([[]]), served.outputs([])
+    for name, got in zip(alone, both, strict=True):
         assert np.isnan(got[0]).all()
-        np.testing.assert_allclose(got[1], want[0], **CLOSE)
+        np.testing.assert_allclose(got[1], alone[name][0], **CLOSE)
+        np.testing.assert_array_equal(empty[name], got[:1])
+        assert none[name].shape == (0, *got.shape[1:])
     with pytest.raises(ValueError, match="popular"):
         served.recommend(["what"])
+    for k in (0, -1, 2.5, "3", True):
+        for refused in (served.recommend, Recommender(model, dataset).recommend):
+            with pytest.raises(ValueError, match=f"k={k!r}: expected a whole number, at least 1"):
+                refused([], k=k)
+
+
+def run_serve(folder, *arguments, **variables):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    command = [sys.executable, "serve.py", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_the_written_program_runs_alone(exported, dataset):
     model, folder, _ = exported
     history = [dataset.item_ids[item] for item in dataset.sequences[0].tolist()]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "serve.py", ",".join([*history, "what"])]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    done = run_serve(folder, ", ".join([*history, "what"]))
     printed = [line.split("\t")[0] for line in done.stdout.splitlines()]
     assert printed == Recommender(model, dataset).recommend([history], k=10)[0].items
+
+
+def test_mistakes_of_the_written_program_are_one_line(dataset, tmp_path):
+    numbered = replace(dataset, item_ids=pl.Series(range(dataset.num_items)))
+    export(untrained(numbered, "sasrec", dim=8, layers=1), numbered, tmp_path / "out")
+    assert run_serve(tmp_path / "out", "1, x,2").stdout.count("\n") == 10
+    for arguments, said in (
+        ((), "usage: python serve.py ITEM,ITEM,..."),
+        (("1", "2"), "usage: "),
+        (("--help",), "usage: "),
+        (("x",), "error: none of the items ['x'] is known"),
+        (("",), "error: none of the items [''] is known"),
+    ):
+        done = run_serve(tmp_path / "out", *arguments)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+        assert done.stderr.startswith(said)
+    (tmp_path / "without/onnxruntime").mkdir(parents=True)
+    hidden = "raise ModuleNotFoundError(name='onnxruntime')"
+    (tmp_path / "without/onnxruntime/__init__.py").write_text(hidden)
+    done = run_serve(tmp_path / "out", "1", PYTHONPATH=str(tmp_path / "without"))
+    assert 'serving needs onnxruntime: pip install numpy onnxruntime polars, or "cafe-kernels[export]"' in done.stderr
 
 
 def untrained(dataset, name, preset="paper", **choice):
@@ -144,7 +178,7 @@ def untrained(dataset, name, preset="paper", **choice):
 
 
 @pytest.mark.parametrize("choice", [{}, {"mask_reads": "values", "block": "query_norm", "qk_positions": True}])
-@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"poprec", "ssept"}))
+@pytest.mark.parametrize("name", EXPORTABLE)
 def test_towers_of_all_models(dataset, name, choice):
     model, rows = untrained(dataset, name, **choice), histories(dataset)
     longest = max(map(len, rows))
@@ -154,6 +188,45 @@ def test_towers_of_all_models(dataset, name, choice):
     np.testing.assert_allclose(found[0], want[0], **CLOSE)
     if name == "cafe":
         np.testing.assert_allclose(found[1], want[1], **CLOSE)
+
+
+@pytest.mark.parametrize("name", EXPORTABLE)
+def test_the_written_model_reads_rows_of_any_length(dataset, tmp_path, name):
+    """The ONNX itself, without what serve.py cuts off before."""
+    model, rng = untrained(dataset, name, dim=8, layers=1), np.random.default_rng(0)
+    tower = UserTower(model).eval()
+    tower.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    for length in (1, MAX_LEN - 1, MAX_LEN, MAX_LEN + 1, 3 * MAX_LEN):
+        for batch in (1, 3):
+            rows = rng.integers(0, dataset.num_items, (batch, length))
+            rows[-1, : length // 2] = -1
+            read = [row[row >= 0].tolist() for row in rows]
+            with torch.no_grad():
+                want = model.states(*packed(read))
+            found = dict(zip(tower.outputs, session.run(None, {"items": rows}), strict=True))
+            query = want[0].numpy()
+            np.testing.assert_allclose(found["query"][:, : query.shape[1]], query, **CLOSE)
+            if name == "cafe":
+                np.testing.assert_allclose(found["intent_query"], want[1], **CLOSE)
+
+
+def test_a_model_of_one_token_reads_the_hidden_item(dataset):
+    model = untrained(dataset, "bert4rec", max_len=1)
+    with torch.no_grad():
+        (query,), (want, _) = UserTower(model)(torch.tensor([[1, 2]])), model.states(*packed([[1, 2]]))
+    np.testing.assert_allclose(query, want, **CLOSE)
+
+
+def test_long_histories_are_read_as_the_recommender_does(dataset, tmp_path):
+    model = untrained(dataset, "bert4rec", dim=8, layers=1)
+    assert export(model, dataset, tmp_path / "out")["max_len"] == MAX_LEN - 1
+    served, ids = ExportedModel(tmp_path / "out"), dataset.item_ids.to_list()
+    histories = [ids[start : start + length] for start in (0, 20) for length in (MAX_LEN, MAX_LEN + 1, 3 * MAX_LEN)]
+    for history, want in zip(histories, Recommender(model, dataset).recommend(histories, k=10), strict=True):
+        items, _, scores = zip(*served.recommend(history, k=10), strict=True)
+        assert list(items) == want.items
+        np.testing.assert_allclose(scores, want.scores, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +272,23 @@ def test_missing_packages_are_named(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"onnx and onnxscript: pip install .cafe-kernels\[export\]"):
         export(untrained(dataset, "sasrec"), dataset, tmp_path / "out")
+
+
+def test_places_that_cannot_be_written(dataset, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match=r"cannot write .*/file/out: Not a directory; choose another"):
+        export(untrained(dataset, "sasrec"), dataset, tmp_path / "file/out")
+    (tmp_path / "link").symlink_to("target")
+    with pytest.raises(FileExistsError, match="/link is a link to target, which is not there: remove it"):
+        export(untrained(dataset, "sasrec"), dataset, tmp_path / "link")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
+
+
+@pytest.mark.parametrize(("module", "extra"), [("export", "export"), ("adapter", "pandas")])
+def test_without_polars_the_extra_is_named(module, extra):
+    program = f"import sys; sys.modules['polars'] = None; import cafe.{module}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.endswith(f'cafe.{module} needs polars: pip install "cafe-kernels[{extra}]"\n')
 
 
 def test_a_full_disk_leaves_nothing(dataset, tmp_path, monkeypatch):
