@@ -39,6 +39,13 @@ inline void expect(const char* name, const py::array& a, const std::vector<int64
                                 ", got " + shape_of(a));
 }
 
+inline void expect_apart(const py::array& out, const char* name, const py::array& read) {
+    auto begin = [](const py::array& a) { return static_cast<const char*>(a.data()); };
+    if (begin(out) < begin(read) + read.nbytes() && begin(read) < begin(out) + out.nbytes())
+        throw std::invalid_argument(std::string("out shares memory with ") + name +
+                                    ", which is read while out is written: pass another array");
+}
+
 // In 1 ... a bound that no machine reaches: what is kept for each thread stays small.
 inline void expect_threads(int64_t threads) {
     if (threads < 1 || threads > 1 << 16) throw std::invalid_argument("threads must be in 1 ... 65536, got " + std::to_string(threads));

@@ -423,6 +423,9 @@ void sample_rows(const AliasTable& table, py::handle indptr, py::handle indices,
                                     (starts.size() < 1 ? ", got an empty array"
                                                        : ", got " + std::to_string(starts.data()[0]) + " to " +
                                                              std::to_string(starts.data()[starts.size() - 1])));
+    expect_apart(drawn, "indptr", starts);
+    expect_apart(drawn, "indices", ids);
+    expect_apart(drawn, "rows", which);
     int32_t* result = output(drawn);
     uint64_t key = integer(seed, "seed", kMaxSeed), first = integer(offset, "offset", kPositions - drawn.size());
     Csr history{starts.data(), starts.size() - 1, ids.data(), ids.size()};

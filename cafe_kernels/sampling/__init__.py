@@ -198,11 +198,6 @@ class AliasSampler:
         rows = np.ascontiguousarray(rows, np.int64)
         out = _output((len(rows), k), out)
         indptr, indices = _array(indptr, "indptr"), _array(indices, "indices")
-        for name, array in (("indptr", indptr), ("indices", indices), ("rows", rows)):
-            if isinstance(out, np.ndarray) and np.may_share_memory(out, array):
-                raise ValueError(
-                    f"out shares memory with {name}, which is read while out is written: pass another array"
-                )
         self._table.sample_rows(indptr, indices, rows, distinct, seed, offset, out, self.num_threads)
         return out
 
