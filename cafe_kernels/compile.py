@@ -442,8 +442,11 @@ def main(arguments: list[str] | None = None) -> int:
     form.add_argument("--json", action="store_true", help="print rows, violations and versions as JSON")
     form.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     given = parser.parse_args(arguments)
-    if given.out and given.out.exists() and not given.out.is_dir():
-        parser.error(f"--out {given.out} is a file: give a folder, or the name of one to make")
+    if given.out:
+        try:
+            given.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out {given.out}: {error.strerror}; give a folder, or the name of one that can be made")
     try:
         used = versions(given.target or TARGETS)
         rows = report(given.target or TARGETS, given.module or MODULES, given.match, given.out)

@@ -262,8 +262,10 @@ def test_workloads_of_the_attention(monkeypatch):
     assert called == ["forward", "backward", "forward"]
 
 
-def test_a_file_to_write_kernels_into_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize(("out", "why"), [("kernels", "File exists"), ("kernels/sm_90", "Not a directory")])
+def test_a_file_to_write_kernels_into_is_refused(tmp_path, capsys, out, why):
     (tmp_path / "kernels").touch()
-    with pytest.raises(SystemExit):
-        offline.main(["--out", str(tmp_path / "kernels")])
-    assert f"--out {tmp_path}/kernels is a file: give a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as refused:
+        offline.main(["--out", str(tmp_path / out)])
+    assert refused.value.code == 2
+    assert f"--out {tmp_path}/{out}: {why}; give a folder" in capsys.readouterr().err
