@@ -397,7 +397,7 @@ def run(draw: Draw) -> bool:
         st.sampled_from(["run/config.json", "data/meta.json", "data/meta.json", "data/items.npy", "data/users.parquet"])
     )
     path = folder() / name
-    content = path.read_bytes()
+    content = original = path.read_bytes()
     if draw(st.integers(0, 2)) == 0 or not name.endswith("json"):
         content = damaged(draw, content)
     else:
@@ -414,11 +414,7 @@ def run(draw: Draw) -> bool:
         if draw(st.booleans()):
             name = name.removeprefix("data/")
             if name == "items.npy" and draw(st.booleans()):
-                array = (
-                    np.load(io.BytesIO((folder() / "data" / "items.npy").read_bytes()))
-                    if draw(st.booleans())
-                    else np.arange(40)
-                )
+                array = np.load(io.BytesIO(original)) if draw(st.booleans()) else np.arange(40)
                 np.save(
                     path,
                     array.astype(draw(st.sampled_from([np.int32, np.int64, np.float32, ">i4"])))
