@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,21 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if int(file.metadata()["tensors_crc32"]) != _crc(tensors):
             raise ValueError("its checksum differs")
     return tensors, state
+
+
+def restore_checked(
+    path: Path, fits: bool, restore: Callable[[dict[str, Tensor]], Any], tensors: dict[str, Tensor]
+) -> None:
+    """Passes the tensors of a run's checkpoint to `restore`; a ValueError that names `path` where they do not fit the run."""
+    try:
+        if not fits:
+            raise RuntimeError
+        restore(tensors)
+    except Exception:  # what torch and cafe_kernels say of another model's tensors is of many kinds
+        raise ValueError(
+            f"{path} does not fit config.json: config.json was altered, or this is the checkpoint of another run; "
+            "restore it or train again"
+        ) from None
 
 
 def read_state(path: Path) -> dict[str, Any]:

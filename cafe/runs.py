@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from cafe.checkpoint import load_checkpoint, read_state
+from cafe.checkpoint import load_checkpoint, read_state, restore_checked
 from cafe.config import Config
 from cafe.data.dataset import Dataset
 from cafe.data.folders import lock, read_sealed, seal, write_atomically
@@ -137,15 +137,7 @@ def hash_of(config: dict[str, Any], fingerprint: str) -> str:
 def load_checked(path: Path, run_hash: str, restore: Callable[[dict[str, torch.Tensor]], Any]) -> dict[str, Any]:
     """Passes the tensors of a checkpoint to `restore` and returns its state; one of another run is a ValueError."""
     tensors, state = load_checkpoint(path)
-    try:
-        if state.get("run") != run_hash:
-            raise RuntimeError
-        restore(tensors)
-    except Exception:  # what torch and cafe_kernels say of another model's tensors is of many kinds
-        raise ValueError(
-            f"{path} does not fit config.json: config.json was altered, or this is the checkpoint of another run; "
-            "restore it or train again"
-        ) from None
+    restore_checked(path, state.get("run") == run_hash, restore, tensors)
     return state
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cafe.checkpoint import load_checkpoint, save_checkpoint
+from cafe.checkpoint import load_checkpoint, restore_checked, save_checkpoint
 from cafe.data.folders import read_sealed, seal, write_atomically
 
 FORMAT, VERSION = "cafe-shards", 2
@@ -84,15 +84,9 @@ class Checkpoints:
             if start < end:
                 for key, tensor in _rows(folder / file, self.run_hash, index["step"], first, stop).items():
                     parts.setdefault(key, []).append(tensor[start - first : end - first].clone())
-        try:
-            if state.get("run") != self.run_hash or index["rows"] != self.table.num_rows:
-                raise RuntimeError
-            restore(tensors | {key: torch.cat(some) for key, some in parts.items()})
-        except Exception:  # what torch and cafe_kernels say of another model's tensors is of many kinds
-            raise ValueError(
-                f"{self.out / name}.json does not fit config.json: config.json was altered, or this is the checkpoint of another "
-                "run; restore it or train again"
-            ) from None
+        fits = state.get("run") == self.run_hash and index["rows"] == self.table.num_rows
+        joined = lambda whole: restore(whole | {key: torch.cat(some) for key, some in parts.items()})  # noqa: E731
+        restore_checked(self.out / f"{name}.json", fits, joined, tensors)
         return state
 
 
